@@ -1,0 +1,1 @@
+"""finegates: learn row and column gates on frozen Linears, remove what closes, run the rest faster."""
