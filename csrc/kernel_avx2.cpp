@@ -16,6 +16,8 @@ struct Vec {
   static constexpr int tile_rows(Kind kind) { return kind == Kind::kWide ? 5 : 6; }
   static constexpr int group(int rows) { return rows <= 1 ? 2 : 1; }
   static constexpr int vecs(int rows) { return rows <= 2 ? 4 : 2; }
+  // Units summed in one chain before they join the total: 384 products.
+  static constexpr int chain(Kind kind) { return kind == Kind::kWide ? kUnits / 2 : kUnits; }
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set(float x) { return _mm256_set1_ps(x); }

@@ -17,6 +17,8 @@ struct Avx512 {
   // FMA takes 4 cycles and dot 6 at two a cycle: 8 to 12 accumulators at the least.
   static constexpr int group(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1; }
   static constexpr int vecs(int) { return 2; }
+  // Units summed in one chain before they join the total: 384 products, or pairs.
+  static constexpr int chain(Kind kind) { return kind == Kind::kWide ? kUnits / 2 : kUnits; }
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float x) { return _mm512_set1_ps(x); }

@@ -174,8 +174,9 @@ FG_INLINE F exp(F x) {
   return Vec::mul(p, Vec::power_of_two(shifted));
 }
 
-// x / (1 + exp(-s))
+// x / (1 + exp(-s)); x is bounded below because exp() stops at e^88.
 FG_INLINE F times_sigmoid(F x, F s) {
+  x = Vec::max(Vec::set(-1e4f), x);
   return Vec::div(x, Vec::add(Vec::set(1.0f), exp(Vec::sub(Vec::zero(), s))));
 }
 
@@ -273,6 +274,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
   const int64_t all_units = (p.columns + unit - 1) / unit;
   const int64_t block_units = p.block_columns / unit;
   const int64_t tiles = (rows + Vec::tile_rows(K) - 1) / Vec::tile_rows(K);
+  constexpr int64_t kChain = Vec::chain(K);
   for (int64_t panel = first_panel; panel < last_panel;) {
     // Several panels at once only where a single tile holds all rows.
     int64_t group = tiles == 1 ? shapes_of<K>(rows).group : 1;
@@ -288,18 +290,25 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t tile_rows = (rows - tile_row) / (tiles - t);
         const Shapes& shape = shapes_of<K>(tile_rows);
-        TileArgs args;
-        args.a = a + (block * rows + tile_row) * row_stride(K);
-        args.w = p.panels + panel * p.panel_bytes + first_unit * kUnitBytes;
-        args.panel_bytes = p.panel_bytes;
-        args.units = all_units - first_unit < block_units ? all_units - first_unit : block_units;
-        args.c = c + tile_row * c_stride;
-        args.c_stride = c_stride;
-        args.addend = block == 0 ? p.bias + panel * kPanel : args.c;
-        args.addend_stride = block == 0 ? 0 : c_stride;
-        if (group > 1) {
-          shape.grouped(args);
-        } else {
+        float* const tile_c = c + tile_row * c_stride;
+        const int64_t end_unit =
+            first_unit + block_units < all_units ? first_unit + block_units : all_units;
+        // At least once, also without columns: the bias still has to arrive.
+        for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
+          TileArgs args;
+          args.a = a + (block * rows + tile_row) * row_stride(K) +
+                   (unit - first_unit) * (row_stride(K) / kUnits);
+          args.w = p.panels + panel * p.panel_bytes + unit * kUnitBytes;
+          args.panel_bytes = p.panel_bytes;
+          args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
+          args.c = tile_c;
+          args.c_stride = c_stride;
+          args.addend = unit == 0 ? p.bias + panel * kPanel : tile_c;
+          args.addend_stride = unit == 0 ? 0 : c_stride;
+          if (group > 1) {
+            shape.grouped(args);
+            continue;
+          }
           for (int v = 0; v < vecs;) {
             const bool whole = v + shape.vecs <= vecs;
             (whole ? shape.single : shape.narrow)(args);
@@ -312,8 +321,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
         }
         if (block + 1 == p.column_blocks) {
           for (int64_t g = 0; g < group; ++g) {
-            finish(call, first_row + tile_row, tile_rows, panel + g,
-                   c + tile_row * c_stride + g * kPanel, c_stride);
+            finish(call, first_row + tile_row, tile_rows, panel + g, tile_c + g * kPanel, c_stride);
           }
         }
         tile_row += tile_rows;

@@ -15,6 +15,8 @@ struct Vec {
   static constexpr int tile_rows(Kind) { return 4; }
   static constexpr int group(int) { return 1; }
   static constexpr int vecs(int rows) { return rows <= 1 ? 8 : rows <= 2 ? 4 : 2; }
+  // Units summed in one chain before they join the total; short, as nothing is fused here.
+  static constexpr int chain(Kind) { return 64; }
 
   static F zero() { return F{}; }
   static F set(float x) { return F{x, x, x, x}; }

@@ -60,12 +60,10 @@ def _index(name: str, index: Tensor | None) -> Tensor | None:
     if index is None:
         return None
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be a 1-D int32 tensor, got {index.dim()}-D {index.dtype}"
-        )
+        raise ValueError(f"{name} must be a 1-D int32 tensor, got {index.dim()}-D {index.dtype}")
     if index.dtype == torch.int64 and index.numel():
         low, high = int(index.min()), int(index.max())
-        if low < 0 or high > 2**31 - 1:
+        if low < -(2**31) or high > 2**31 - 1:
             raise ValueError(f"{name} must fit int32, got values in [{low}, {high}]")
     return index.to(device="cpu", dtype=torch.int32).contiguous()
 
