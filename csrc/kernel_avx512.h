@@ -117,12 +117,30 @@ struct Avx512 {
     const __mmask16 bits = static_cast<__mmask16>(mask);
     return {_mm512_maskz_expand_epi32(bits, order), bits};
   }
-  static F expand(const float* panel, const Spread& s) {
-    return _mm512_maskz_permutex2var_ps(s.mask, load(panel), s.from, load(panel + kLanes));
+  struct Panel {
+    F low, high;
+  };
+  static Panel load_panel(const float* c) { return {load(c), load(c + kLanes)}; }
+  static F expand(const Panel& panel, const Spread& s) {
+    return _mm512_maskz_permutex2var_ps(s.mask, panel.low, s.from, panel.high);
   }
   template <class T>
   static void write(T* y, F value, int valid) {
     store16(y, value, valid);
+  }
+  static void write_pair(float* y, F a, F b, int valid) {
+    store16(y, a, kChunk);
+    store16(y + kChunk, b, valid);
+  }
+  static void write_pair(uint16_t* y, F a, F b, int valid) {
+#ifdef __AVX512BF16__
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    if (valid >= kChunk) return _mm512_storeu_si512(y, both);
+    _mm512_mask_storeu_epi16(y, (__mmask32{1} << (kChunk + valid)) - 1, both);
+#else
+    store16(y, a, kChunk);
+    store16(y + kChunk, b, valid);
+#endif
   }
   template <class T>
   static void add_write(T* y, F value, const T* residual, int valid) {

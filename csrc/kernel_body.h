@@ -233,6 +233,37 @@ void activate(Activation activation, float* c, int64_t rows, int64_t stride) {
   }
 }
 
+// C consecutive chunks of y for all rows of a tile; the last one may be cut short.
+template <class T, int C>
+void scatter_chunks(const Call& call, int64_t at, int64_t rows, const float* c, int64_t c_stride,
+                    const Vec::Spread* spreads, int last_valid) {
+  Vec::Spread spread[C];
+  for (int i = 0; i < C; ++i) spread[i] = spreads[i];
+  T* y = reinterpret_cast<T*>(call.y + at);
+  const T* residual = call.residual ? reinterpret_cast<const T*>(call.residual + at) : nullptr;
+  const int64_t y_stride = call.y_stride / static_cast<int64_t>(sizeof(T));
+  for (int64_t r = 0; r < rows; ++r, c += c_stride, y += y_stride) {
+    const auto panel = Vec::load_panel(c);
+    if (residual == nullptr) {
+#pragma GCC unroll 4
+      for (int i = 0; i + 1 < C; i += 2) {
+        Vec::write_pair(y + i * kChunk, Vec::expand(panel, spread[i]),
+                        Vec::expand(panel, spread[i + 1]), i + 2 == C ? last_valid : kChunk);
+      }
+      if (C % 2 == 1) {
+        Vec::write(y + (C - 1) * kChunk, Vec::expand(panel, spread[C - 1]), last_valid);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) {
+        Vec::add_write(y + i * kChunk, Vec::expand(panel, spread[i]), residual + i * kChunk,
+                       i + 1 == C ? last_valid : kChunk);
+      }
+      residual += y_stride;
+    }
+  }
+}
+
 // Expands one panel's results into its range of y: zeros (or the residual) between kept rows.
 // `limit` is where the caller's last panel ends: up to there a store may run past this panel's
 // range, because the next panel writes later.
@@ -244,24 +275,21 @@ void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, i
   const uint32_t chunks = p.row_segments[panel + 1].chunk - segment.chunk;
   int64_t column = segment.start;
   int kept = 0;
-  for (uint32_t i = 0; i < chunks; ++i, column += kChunk) {
-    const unsigned mask = p.row_masks[segment.chunk + i];
-    const auto spread = Vec::spread(mask, kept);
-    const int valid = limit - column < kChunk ? static_cast<int>(limit - column) : kChunk;
-    const int64_t at = first_row * call.y_stride + column * sizeof(T);
-    uint8_t* y = call.y + at;
-    if (call.residual == nullptr) {
-      for (int64_t r = 0; r < rows; ++r, y += call.y_stride) {
-        Vec::write(reinterpret_cast<T*>(y), Vec::expand(c + r * c_stride, spread), valid);
-      }
-    } else {
-      const uint8_t* residual = call.residual + at;
-      for (int64_t r = 0; r < rows; ++r, y += call.y_stride, residual += call.y_stride) {
-        Vec::add_write(reinterpret_cast<T*>(y), Vec::expand(c + r * c_stride, spread),
-                       reinterpret_cast<const T*>(residual), valid);
-      }
+  for (uint32_t done = 0; done < chunks;) {
+    Vec::Spread spreads[4];
+    const int count = chunks - done < 4 ? static_cast<int>(chunks - done) : 4;
+    for (int i = 0; i < count; ++i) {
+      const unsigned mask = p.row_masks[segment.chunk + done + i];
+      spreads[i] = Vec::spread(mask, kept);
+      kept += __builtin_popcount(mask);
     }
-    kept += __builtin_popcount(mask);
+    const int64_t at = first_row * call.y_stride + column * static_cast<int64_t>(sizeof(T));
+    column += count * kChunk;
+    const int valid = column > limit ? static_cast<int>(kChunk - (column - limit)) : kChunk;
+    constexpr decltype(&scatter_chunks<T, 1>) kScatter[] = {
+        scatter_chunks<T, 1>, scatter_chunks<T, 2>, scatter_chunks<T, 3>, scatter_chunks<T, 4>};
+    kScatter[count - 1](call, at, rows, c, c_stride, spreads, valid);
+    done += count;
   }
 }
 

@@ -47,13 +47,20 @@ struct Vec {
   static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
     return gather_scalar(out, in, masks, length);
   }
-  static ScalarSpread spread(unsigned mask, int kept) { return {mask, kept}; }
-  static ScalarChunk expand(const float* compact, ScalarSpread spread) {
-    return expand_scalar(compact, spread);
+  using Spread = ScalarSpread;
+  static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
+  static const float* load_panel(const float* c) { return c; }
+  static ScalarChunk expand(const float* panel, Spread spread) {
+    return expand_scalar(panel, spread);
   }
   template <class T>
   static void write(T* y, const ScalarChunk& chunk, int valid) {
     write_scalar(y, chunk, valid);
+  }
+  template <class T>
+  static void write_pair(T* y, const ScalarChunk& a, const ScalarChunk& b, int valid) {
+    write_scalar(y, a, kChunk);
+    write_scalar(y + kChunk, b, valid);
   }
   template <class T>
   static void add_write(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
