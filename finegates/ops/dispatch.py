@@ -1,0 +1,127 @@
+"""Backend choice below the op boundary: an ordered table whose entries answer "why not".
+
+The request is the first of: the layer's own ``backend`` argument, the innermost `use_backend`
+context, ``FINEGATES_BACKEND``. ``auto`` takes the first implementation that can serve the call; a
+named backend that can't raises with its reason.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _env
+from . import _cpu, _triton, reference
+
+_log = logging.getLogger("finegates")
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Args:
+        backend: its public name.
+        why_not: called with the op's arguments; a one-line reason, or None when it can serve.
+        run: called with the op's arguments.
+        status: called without arguments; why the backend can't serve any call here, or None.
+    """
+
+    backend: str
+    why_not: Callable[..., str | None]
+    run: Callable[..., Any]
+    status: Callable[[], str | None]
+
+
+def _never_refuses(*_: Any) -> None:
+    return None
+
+
+def _torch(run: Callable[..., Any]) -> Implementation:
+    return Implementation("torch", _never_refuses, run, _never_refuses)
+
+
+def _pruned_linear_torch(
+    x: Any, w: Any, packed: Any, b: Any, rows: Any, columns: Any, *rest: Any
+) -> Any:
+    return reference.pruned_linear(x, w, b, rows, columns, *rest)
+
+
+TABLE: dict[str, tuple[Implementation, ...]] = {
+    "pruned_linear": (
+        Implementation("native", _cpu.why_not, _cpu.pruned_linear, _cpu.status),
+        _torch(_pruned_linear_torch),
+    ),
+    "gated_linear": (
+        Implementation("triton", _triton.why_not, _triton.gated_linear, _triton.status),
+        _torch(reference.gated_linear),
+    ),
+}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Request a backend for every finegates op inside the block.
+
+    Args:
+        name: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> with use_backend("torch"):
+        ...     requested_backend("auto")
+        'torch'
+    """
+    if name not in _env.BACKENDS:
+        raise ValueError(f"backend must be one of {_env.BACKENDS}, got {name!r}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend(layer: str) -> str:
+    """Return the backend asked for: the layer's, else the context's, else the environment's."""
+    if layer != "auto":
+        return layer
+    return _requested.get() or _env.backend()
+
+
+def choose(op: str, layer: str, *args: Any) -> Implementation:
+    """Return the implementation of ``op`` that serves this call.
+
+    Args:
+        op: a key of `TABLE`.
+        layer: the calling layer's own request, ``"auto"`` when it has none.
+        args: the op's arguments, as its implementations take them.
+
+    Raises:
+        ValueError: a backend was named and can't serve the call; the message gives its reason.
+    """
+    wanted = requested_backend(layer)
+    for entry in TABLE[op]:
+        if wanted not in ("auto", entry.backend):
+            continue
+        reason = entry.why_not(*args)
+        if reason is None:
+            if _env.log_dispatch():
+                _log.info("%s: %s", op, entry.backend)
+            return entry
+        if wanted != "auto":
+            raise ValueError(f"backend={wanted!r} can't run {op}: {reason}")
+        if _env.log_dispatch():
+            _log.info("%s: not %s, %s", op, entry.backend, reason)
+    raise ValueError(f"backend={wanted!r} has no implementation of {op}")
+
+
+def table() -> list[tuple[str, str, str | None]]:
+    """Return (op, backend, why it can't serve here or None) in order of preference."""
+    return [(op, entry.backend, entry.status()) for op, row in TABLE.items() for entry in row]
