@@ -194,6 +194,17 @@ class GateConfig:
             return math.log(full / (1.0 - full))
         return 1.0
 
+    def target(self, progress: float) -> float:
+        """Return the fraction to remove at ``progress`` (steps done / all steps, in [0, 1]).
+
+        0 during the warm-up, then sparsity · (1 - (1 - t)³) with t rising from 0 to 1 over the ramp
+        (the cubic ramp of Zhu and Gupta 2017, arXiv 1710.01878).
+        """
+        if progress <= self.warmup and self.warmup > 0.0:
+            return 0.0
+        t = 1.0 if self.ramp == 0.0 else min(1.0, (progress - self.warmup) / self.ramp)
+        return self.sparsity * (1.0 - (1.0 - t) ** 3)
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dict that carries the format's version."""
         fields = {
