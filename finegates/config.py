@@ -22,11 +22,11 @@ class GateConfig:
     r"""How gates are placed, sampled, trained and scheduled.
 
     The gated Linear is ``y = r ⊙ ((x ⊙ c) wᵀ + b)`` with a row gate ``r`` (one value per output
-    feature) and a column gate ``c`` (one value per input feature), each a function of fp32 logits θ.
+    feature) and a column gate ``c`` (one value per input feature), functions of fp32 logits θ.
 
     Args:
-        distribution: ``"ranking"`` (open iff θ > 0, straight-through gradient, exact budget at every
-            step), ``"gaussian"`` (FineGates, arXiv 2602.09169) or ``"hard_concrete"``
+        distribution: ``"ranking"`` (open iff θ > 0, straight-through gradient, exact budget at
+            every step), ``"gaussian"`` (FineGates, arXiv 2602.09169) or ``"hard_concrete"``
             (Louizos et al. 2018, arXiv 1712.01312).
         sparsity: fraction of the gated weights' parameters to remove, in (0, 1); counted over the
             whole model with the units that die through couplings.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +77,8 @@ class Gate(nn.Module):
         config = self.config
         if config.distribution == "gaussian":
             scaled = (torch.tanh(self.logits) + config.offset) / config.open_sigma
-            return torch.special.ndtr(scaled)
+            probability: Tensor = torch.special.ndtr(scaled)
+            return probability
         if config.distribution == "hard_concrete":
             shift = config.beta * math.log(-config.gamma / config.zeta)
             return torch.sigmoid(self.logits - shift)
@@ -129,5 +129,5 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        applied: Any = super()._apply(keep_dtype, recurse)
-        return applied  # type: ignore[no-any-return]
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self

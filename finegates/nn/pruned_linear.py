@@ -32,6 +32,7 @@ class PrunedLinear(nn.Module):
         0.0
     """
 
+    bias: nn.Parameter | None
     rows: Tensor | None
     columns: Tensor | None
 
@@ -58,10 +59,10 @@ class PrunedLinear(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if bias else None
         )
-        index = {"dtype": torch.int32, "device": device}
-        self.register_buffer("rows", None if kept_rows is None else torch.arange(n, **index))
-        self.register_buffer("columns", None if kept_columns is None else torch.arange(k, **index))
-        self._packed: tuple[object, Tensor] | None = None
+        for name, kept in (("rows", kept_rows), ("columns", kept_columns)):
+            index = None if kept is None else torch.arange(kept, dtype=torch.int32, device=device)
+            self.register_buffer(name, index)
+        self._packed: tuple[tuple[object, ...], Tensor | None] | None = None
 
     @classmethod
     def from_linear(

@@ -63,7 +63,7 @@ def uniform(seed: Tensor, count: int) -> Tensor:
 
 
 def normal(seed: Tensor, count: int) -> Tensor:
-    """Return fp32 standard normals [count] by Box-Muller from an int64 seed [1], as ``tl.randn``."""
+    """Return fp32 normals [count] by Box-Muller from an int64 seed [1], equal to ``tl.randn``."""
     first, second, _, _ = philox(seed, count)
     u1 = _unit_interval(first).clamp(min=1.0e-7)
     return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(2.0 * math.pi * _unit_interval(second))

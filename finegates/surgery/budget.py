@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..gates import Gate
 from ..nn import FusedGatedLinear
-from .couplings import ORDER, PROBABILITY, Algebra, Architecture, Side, architecture_of
+from .couplings import AXES, ORDER, PROBABILITY, Algebra, Architecture, Side, architecture_of
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,15 @@ class GateMap:
         """Return the gates with distinct logits: tied gates count once."""
         unique: dict[int, Gate] = {}
         for name in self.layers:
-            for axis in ("row", "column"):
-                gate = self.gate(Side(name, axis))  # type: ignore[arg-type]
+            for axis in AXES:
+                gate = self.gate(Side(name, axis))
                 if gate is not None:
                     unique.setdefault(id(gate.logits), gate)
         return list(unique.values())
 
     def sides(self) -> list[Side]:
         """Return the row and column side of every Linear that takes part."""
-        return [Side(name, axis) for name in self.linears for axis in ("row", "column")]  # type: ignore[arg-type]
+        return [Side(name, axis) for name in self.linears for axis in AXES]
 
     @torch.no_grad()
     def margins(self) -> dict[Side, Tensor]:

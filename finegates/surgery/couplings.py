@@ -31,15 +31,19 @@ from torch import Tensor, nn
 _ROTARY_HALVES = ("llama", "mistral", "qwen2", "gemma")
 
 
+Axis = Literal["row", "column"]
+AXES: tuple[Axis, Axis] = ("row", "column")
+
+
 class Side(NamedTuple):
     """One side of one Linear: its rows (output features) or its columns (input features)."""
 
     module: str
-    axis: Literal["row", "column"]
+    axis: Axis
 
 
 class Algebra(NamedTuple):
-    """How "and" and "or" combine vectors: minimum/maximum for logits, products for probabilities."""
+    """How "and" and "or" combine vectors: min and max for logits, products for probabilities."""
 
     both: Callable[[Tensor, Tensor], Tensor]
     any_of: Callable[[Tensor, tuple[int, ...]], Tensor]

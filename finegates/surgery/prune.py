@@ -43,7 +43,7 @@ def prune_(model: Model) -> Model:
     for name, replacement in replacements.items():
         model.set_submodule(name, replacement)
     if shared:
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     record_pruned(model)
     return model
 
