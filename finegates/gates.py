@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import GateConfig
 from .ops import reference
+
+
+class _StraightThrough(torch.autograd.Function):
+    """1[θ > 0] with gradient 1, to closed gates only on request; NaN stays NaN, ±inf is fine."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, closed_gradient: bool) -> Tensor:
+        value = torch.heaviside(logits, torch.zeros_like(logits[:1]))
+        ctx.closed_gradient = closed_gradient
+        ctx.save_for_backward(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        return gradients[0] if ctx.closed_gradient else gradients[0] * value, None
 
 
 class Gate(nn.Module):
@@ -105,9 +122,10 @@ class Gate(nn.Module):
             return torch.clamp(torch.tanh(self.logits) + config.offset, 0.0, 1.0)
         if config.distribution == "hard_concrete":
             return self._stretch(torch.sigmoid(self.logits))
-        is_open = (self.logits > 0).to(self.logits.dtype)
-        gradient = 1.0 if config.closed_gradient else is_open
-        return is_open + (self.logits - self.logits.detach()) * gradient
+        value: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            self.logits, config.closed_gradient
+        )
+        return value
 
     def _sample(self) -> Tensor:
         config, count = self.config, self.logits.numel()
