@@ -18,7 +18,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, closed_gradient: bool) -> Tensor:
-        value = torch.heaviside(logits, torch.zeros_like(logits[:1]))
+        # Not (θ > 0): a comparison would hide a NaN behind a closed gate.
+        value = logits.clamp(0.0, 1.0).ceil()
         ctx.closed_gradient = closed_gradient
         ctx.save_for_backward(value)
         return value
