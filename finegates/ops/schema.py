@@ -18,7 +18,7 @@ _library = Library("finegates", "DEF")
 ops = torch.ops.finegates
 
 _library.define(
-    "pruned_linear(Tensor x, Tensor w, Tensor? packed, Tensor? b, Tensor? rows, Tensor? columns, "
+    "pruned_linear(Tensor x, Tensor w, Tensor? b, Tensor? rows, Tensor? columns, "
     "int out_features, str activation, Tensor? residual, str backend) -> Tensor"
 )
 _library.define(
@@ -34,7 +34,6 @@ _library.define(
 def _pruned_linear(
     x: Tensor,
     w: Tensor,
-    packed: Tensor | None,
     b: Tensor | None,
     rows: Tensor | None,
     columns: Tensor | None,
@@ -43,7 +42,7 @@ def _pruned_linear(
     residual: Tensor | None,
     backend: str,
 ) -> Tensor:
-    args = (x, w, packed, b, rows, columns, out_features, activation, residual)
+    args = (x, w, b, rows, columns, out_features, activation, residual)
     result: Tensor = dispatch.choose("pruned_linear", backend, *args).run(*args)
     return result
 
@@ -71,7 +70,7 @@ for _name, _function in (
 
 @register_fake("finegates::pruned_linear", lib=_library)  # type: ignore[untyped-decorator]
 def _pruned_linear_fake(
-    x: Tensor, w: Tensor, packed: Tensor | None, b: Tensor | None, rows: Tensor | None,
+    x: Tensor, w: Tensor, b: Tensor | None, rows: Tensor | None,
     columns: Tensor | None, out_features: int, activation: str, residual: Tensor | None,
     backend: str,
 ) -> Tensor:  # fmt: skip
