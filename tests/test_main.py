@@ -49,7 +49,7 @@ def test_a_wrong_setting_is_named_and_not_raised(monkeypatch):
     assert "FINEGATES_BACKEND  ValueError: FINEGATES_BACKEND must be" in diagnosing.diagnosis()
 
 
-@pytest.mark.parametrize("broken", ["_gpu", "_native", "_triton", "cpu_name"])
+@pytest.mark.parametrize("broken", ["_gpu", "_native_state", "_triton_state", "cpu_name"])
 def test_survives_what_is_broken(monkeypatch, broken):
     def fail():
         raise OSError("broken\nbadly")
