@@ -46,9 +46,9 @@ def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) ->
     """Return a sequence classifier with a head for the task, in evaluation mode.
 
     A head (pooler included) that the checkpoint lacks, or has for another number of labels, starts
-    at random from torch's generator: call ``torch.manual_seed`` before. The default model's checkpoint has a pooler from
-    its pretraining, which its own sentence embedding (a mean) doesn't use; only the classifier is
-    new.
+    at random from torch's generator: call ``torch.manual_seed`` before. The default model's
+    checkpoint has a pooler from its pretraining, which its own sentence embedding (a mean) doesn't
+    use; only the classifier is new.
 
     Args:
         task: gives the number of labels and their names.
