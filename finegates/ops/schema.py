@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
 from . import dispatch, reference
@@ -103,6 +104,8 @@ def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None
     ctx.save_for_backward(x, w, b, r, c, output)
 
 
+# The backward op has no autograd of its own: a second derivative would lose terms silently.
+@once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, b, r, c, y = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
