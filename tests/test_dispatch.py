@@ -65,11 +65,16 @@ def test_layer_wins_over_context_over_environment(monkeypatch: pytest.MonkeyPatc
 
 def test_context_ends_with_an_error_and_stays_in_its_thread() -> None:
     seen: list[str] = []
-    with pytest.raises(RuntimeError), use_backend("native"):
-        thread = threading.Thread(target=lambda: seen.append(requested_backend("auto")))
-        thread.start()
-        thread.join()
-        raise RuntimeError
+
+    def ask_a_thread_and_fail() -> None:
+        with use_backend("native"):
+            thread = threading.Thread(target=lambda: seen.append(requested_backend("auto")))
+            thread.start()
+            thread.join()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        ask_a_thread_and_fail()
     assert seen == ["auto"]
     assert requested_backend("auto") == "auto"
 
