@@ -9,7 +9,12 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import torch.utils._device
 from torch import Tensor
+
+# torch.device(...) as a context knows constructors by identity, from a list made on first use: it
+# must be made before the constructors below are replaced.
+torch.utils._device._device_constructors()
 
 # The same examples on every run: a red test is never a matter of luck.
 hypothesis.settings.register_profile("finegates", deadline=None, derandomize=True, database=None)

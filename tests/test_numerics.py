@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from numerics import assert_no_worse, relative_difference
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_no_worse
 from torch import Tensor
 
 from finegates.ops import gated_linear, pruned_linear, reference, schema, use_backend
+from numerics import assert_no_worse
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PRESENT = list(itertools.product([False, True], repeat=3))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import alive_by_definition, build, open_gates
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finegates import GateConfig, GateMap, gate_
 from finegates.penalty import fraction_penalty, per_axis_penalty
 from finegates.surgery import Side
+from tiny_models import alive_by_definition, build, open_gates
 
 ROWS = [torch.tensor([1.0, 0.5]), torch.tensor([0.25, 0.25, 1.0])]
 COLUMNS = [torch.tensor([0.5, 0.5, 1.0]), torch.tensor([1.0])]
