@@ -16,6 +16,24 @@ from torch import Tensor
 # must be made before the constructors below are replaced.
 torch.utils._device._device_constructors()
 
+
+class _TorchRandom:
+    """torch's generator as hypothesis wants it: seeded before every example."""
+
+    @staticmethod
+    def seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @staticmethod
+    def getstate() -> Tensor:
+        return torch.random.get_rng_state()
+
+    @staticmethod
+    def setstate(state: Tensor) -> None:
+        torch.random.set_rng_state(state)
+
+
+hypothesis.register_random(_TorchRandom)
 # The same examples on every run: a red test is never a matter of luck.
 hypothesis.settings.register_profile("finegates", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("finegates")
