@@ -48,6 +48,19 @@ def _torch(run: Callable[..., Any]) -> Implementation:
     return Implementation("torch", _never_refuses, run, _never_refuses)
 
 
+def _native_why_not(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *_: object,
+) -> str | None:
+    if any(t is not None and t.is_inference() for t in (w, b, rows, columns)):
+        return "w, b, rows or columns was made in inference mode, where changes can't be seen"
+    return _cpu.why_not(x, w)
+
+
 def _pruned_linear_native(
     x: Tensor,
     w: Tensor,
@@ -64,9 +77,7 @@ def _pruned_linear_native(
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "pruned_linear": (
-        Implementation(
-            "native", lambda x, w, *_: _cpu.why_not(x, w), _pruned_linear_native, _native.reason
-        ),
+        Implementation("native", _native_why_not, _pruned_linear_native, _native.reason),
         _torch(reference.pruned_linear),
     ),
     "gated_linear": (

@@ -18,7 +18,7 @@ class _Entry(NamedTuple):
     """
 
     sources: tuple[Tensor | None, ...]
-    state: tuple[tuple[int, int] | None, ...]
+    state: tuple[object, ...]
     packed: Tensor
 
 
@@ -35,13 +35,14 @@ def packed(
 ) -> Tensor:
     """Return `_cpu.prepare`'s tensor for these operands, from the cache when they are unchanged.
 
-    The entry lives as long as the tensor ``w``; a change of any operand packs again.
+    The entry lives as long as the tensor ``w``; a change of any operand packs again. Operands made
+    in inference mode have no version counter: the caller must not bring them here.
 
     Raises:
         ValueError: as `_cpu.prepare` does.
     """
     operands = (w, b, rows, columns)
-    state = (_state(w), _state(b), _state(rows), _state(columns))
+    state = (out_features, in_features, _state(w), _state(b), _state(rows), _state(columns))
     entry: _Entry | None = _entries.get(w)  # type: ignore[no-untyped-call]
     if entry is not None and entry.state == state:
         return entry.packed
@@ -52,7 +53,4 @@ def packed(
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int] | None:
-    if tensor is None:
-        return None
-    # Tensors made in inference mode have no version counter and can't be changed outside of it.
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    return None if tensor is None else (tensor.data_ptr(), tensor._version)
