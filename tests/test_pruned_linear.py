@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from finegates import PrunedLinear, use_backend
-from finegates.ops import reference, table
+from finegates.ops import pruned_linear, reference, table
 from numerics import assert_no_worse
 
 NATIVE_REASON = next(why for op, name, why in table() if (op, name) == ("pruned_linear", "native"))
@@ -336,6 +336,14 @@ class TestPack:
             made = PrunedLinear.from_linear(nn.Linear(9, 7), ROWS, COLUMNS)
             torch.testing.assert_close(made(x), reference_of(made, x))
             torch.testing.assert_close(pruned(x), reference_of(pruned, x))
+            made.weight.neg_()  # no version counter tells of it
+            torch.testing.assert_close(made(x), reference_of(made, x))
+
+    def test_other_sizes_with_the_same_weight(self) -> None:
+        _, pruned = example()
+        for n, k in ((7, 9), (8, 9), (8, 10), (7, 9)):
+            args = (torch.randn(2, k), pruned.weight, None, pruned.rows, pruned.columns, n)
+            torch.testing.assert_close(pruned_linear(*args), reference.pruned_linear(*args))
 
     def test_the_pack_dies_with_the_layer(self) -> None:
         from finegates.ops import packing
