@@ -211,7 +211,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "modules-fewer": (
         CONFIG,
         lambda c: c["modules"].remove("bert.encoder.layer.0.output.dense"),
-        r"safetensors: 'bert.encoder.layer.0.output.dense.row_gate.logits' is no parameter",
+        r"safetensors: 'bert.encoder.layer.0.output.dense.column_gate.logits' is no parameter",
     ),
     "ties": (CONFIG, lambda c: c.update(tie="none"), r"safetensors: .*\.logits is missing"),
     "logits-gone": (WEIGHTS, lambda t: t.pop(LOGITS), r"safetensors: .*\.logits is missing"),
