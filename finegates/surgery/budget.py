@@ -234,9 +234,10 @@ def _without_nan(values: dict[Side, Tensor]) -> dict[Side, Tensor]:
 
 def _between(below: float, above: float) -> float:
     """Return an fp32 threshold t with below - t <= 0 < above - t in fp32."""
+    # At the ends a distance of 1, or what fp32 can still tell apart at this size.
     if not np.isfinite(below):
-        below = above - max(1.0, abs(above))
+        below = above - max(1.0, 2.0**-20 * abs(above))
     if not np.isfinite(above):
-        above = below + max(1.0, abs(below))
+        above = below + max(1.0, 2.0**-20 * abs(below))
     middle = np.float32((below + above) / 2)
     return float(middle if middle < above else np.float32(below))
