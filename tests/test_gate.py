@@ -157,7 +157,7 @@ def test_trainable_patterns_reach_any_parameter() -> None:
 
 def test_weights_and_training_mode_are_kept() -> None:
     model = build("bert", layers=1)
-    weights = {name: p for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     model.eval()
     model.bert.encoder.layer[0].intermediate.train()
     gate_(model)
