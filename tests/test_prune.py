@@ -201,8 +201,10 @@ def test_mlp_inside_is_compact_and_attention_keeps_its_width(name: str) -> None:
             assert module.in_features == 24
 
 
-@pytest.mark.parametrize("pattern", ["*q_proj", "*k_proj", "*v_proj", "*o_proj", "*up_proj",
-                                     "*gate_proj", "*down_proj", "*.0.*", "*self_attn*"])  # fmt: skip
+PROJECTIONS = [f"*{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+@pytest.mark.parametrize("pattern", [*PROJECTIONS, "*.0.*", "*self_attn*"])
 @pytest.mark.parametrize("tie", ["unit", "none"])
 def test_ungated_partners_lose_what_their_gated_side_closed(pattern: str, tie: str) -> None:
     model = gate_(build("llama").double(), GateConfig(modules=(pattern,), tie=tie))
@@ -253,9 +255,7 @@ def test_output_embedding_on_request(tied: bool, model_type: str) -> None:
     model = build(model_type, tie_word_embeddings=tied).double()
     head = "lm_head" if model_type == "llama" else "cls.predictions.decoder"
     assert (model.get_input_embeddings().weight is model.get_submodule(head).weight) == tied
-    gate_(
-        model, GateConfig(modules=(head, "*query", "*value") if model_type == "bert" else (head,))
-    )
+    gate_(model, GateConfig(modules=(head, "*.0.*")))
     scatter_gates_(model, 0.6)
     embedding = model.get_input_embeddings().weight.detach().clone()
     assert_exact(model)
