@@ -51,7 +51,6 @@ def test_named_backend_raises_with_its_reason(two_backends: list[str]) -> None:
 
 
 def test_layer_wins_over_context_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requested_backend("auto") == "auto"
     monkeypatch.setenv("FINEGATES_BACKEND", "triton")
     assert requested_backend("auto") == "triton"
     with use_backend("native"):
