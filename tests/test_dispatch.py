@@ -106,6 +106,7 @@ def test_log_names_choice_and_refusals(
     choose("toy", "auto", 13)
     assert caplog.messages == []
     monkeypatch.setenv("FINEGATES_LOG", "1")
+    _env.log_dispatch.cache_clear()
     choose("toy", "auto", 13)
     assert caplog.messages == ["toy: not native, 13 is unlucky", "toy: torch"]
 
