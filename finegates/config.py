@@ -22,11 +22,11 @@ class GateConfig:
     r"""How gates are placed, sampled, trained and scheduled.
 
     The gated Linear is ``y = r ⊙ ((x ⊙ c) wᵀ + b)`` with a row gate ``r`` (one value per output
-    feature) and a column gate ``c`` (one value per input feature), each a function of fp32 logits θ.
+    feature) and a column gate ``c`` (one value per input feature), functions of fp32 logits θ.
 
     Args:
-        distribution: ``"ranking"`` (open iff θ > 0, straight-through gradient, exact budget at every
-            step), ``"gaussian"`` (FineGates, arXiv 2602.09169) or ``"hard_concrete"``
+        distribution: ``"ranking"`` (open iff θ > 0, straight-through gradient, exact budget at
+            every step), ``"gaussian"`` (FineGates, arXiv 2602.09169) or ``"hard_concrete"``
             (Louizos et al. 2018, arXiv 1712.01312).
         sparsity: fraction of the gated weights' parameters to remove, in (0, 1); counted over the
             whole model with the units that die through couplings.
@@ -170,29 +170,39 @@ class GateConfig:
     def closing_logit(self) -> float:
         """The logit at and below which a gate is exactly 0 in evaluation.
 
-        ranking: 0; gaussian: artanh(-offset); hard concrete: logit(-γ / (ζ - γ)).
+        ranking: 0; gaussian: artanh(-offset); hard concrete: logit(-γ / (ζ - γ)) = log(-γ / ζ).
         """
         if self.distribution == "gaussian":
             return math.atanh(-self.offset)
         if self.distribution == "hard_concrete":
-            closed = -self.gamma / (self.zeta - self.gamma)
-            return math.log(closed / (1.0 - closed))
+            return math.log(-self.gamma) - math.log(self.zeta)
         return 0.0
 
     @property
     def start_logit(self) -> float:
         """The mean of the starting logits: ``init_mean``, or the opening edge when that is None.
 
-        ranking: 1; gaussian: artanh(1 - offset); hard concrete: logit((1 - γ) / (ζ - γ)).
+        ranking: 1; gaussian: artanh(1 - offset); hard concrete: logit((1 - γ) / (ζ - γ)), which is
+        log((1 - γ) / (ζ - 1)).
         """
         if self.init_mean is not None:
             return self.init_mean
         if self.distribution == "gaussian":
             return math.atanh(1.0 - self.offset)
         if self.distribution == "hard_concrete":
-            full = (1.0 - self.gamma) / (self.zeta - self.gamma)
-            return math.log(full / (1.0 - full))
+            return math.log(1.0 - self.gamma) - math.log(self.zeta - 1.0)
         return 1.0
+
+    def target(self, progress: float) -> float:
+        """Return the fraction to remove at ``progress`` (steps done / all steps, in [0, 1]).
+
+        0 during the warm-up, then sparsity · (1 - (1 - t)³) with t rising from 0 to 1 over the ramp
+        (the cubic ramp of Zhu and Gupta 2017, arXiv 1710.01878).
+        """
+        if progress <= self.warmup and self.warmup > 0.0:
+            return 0.0
+        t = 1.0 if self.ramp == 0.0 else min(1.0, (progress - self.warmup) / self.ramp)
+        return self.sparsity * (1.0 - (1.0 - t) ** 3)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dict that carries the format's version."""
@@ -207,14 +217,17 @@ class GateConfig:
         """Build a config from `to_dict`'s output; unknown keys are dropped with a warning.
 
         Raises:
-            ValueError: the version is newer than this release knows, or a field is out of range.
+            ValueError: ``values`` isn't a mapping, its version is newer than this release knows, or
+                a field is out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"values must be a mapping, got {values!r}")
         fields = dict(values)
         version = fields.pop("version", CONFIG_VERSION)
-        if not isinstance(version, int) or version > CONFIG_VERSION:
-            raise ValueError(f"version must be at most {CONFIG_VERSION}, got {version!r}")
+        if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
+            raise ValueError(f"version must be from 1 to {CONFIG_VERSION}, got {version!r}")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
+        unknown = sorted(str(name) for name in set(fields) - known)
         if unknown:
             warnings.warn(f"GateConfig ignores unknown keys: {', '.join(unknown)}", stacklevel=2)
         return cls(**{name: value for name, value in fields.items() if name in known})

@@ -13,6 +13,22 @@ from .config import GateConfig
 from .ops import reference
 
 
+class _StraightThrough(torch.autograd.Function):
+    """1[θ > 0] with gradient 1, to closed gates only on request; NaN stays NaN, ±inf is fine."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, closed_gradient: bool) -> Tensor:
+        value = torch.heaviside(logits, torch.zeros_like(logits[:1]))
+        ctx.closed_gradient = closed_gradient
+        ctx.save_for_backward(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        return gradients[0] if ctx.closed_gradient else gradients[0] * value, None
+
+
 class Gate(nn.Module):
     """A vector of gates with fp32 logits θ, one value in [0, 1] per row or column.
 
@@ -78,7 +94,8 @@ class Gate(nn.Module):
         config = self.config
         if config.distribution == "gaussian":
             scaled = (torch.tanh(self.logits) + config.offset) / config.open_sigma
-            return torch.special.ndtr(scaled)
+            probability: Tensor = torch.special.ndtr(scaled)
+            return probability
         if config.distribution == "hard_concrete":
             shift = config.beta * math.log(-config.gamma / config.zeta)
             return torch.sigmoid(self.logits - shift)
@@ -105,9 +122,10 @@ class Gate(nn.Module):
             return torch.clamp(torch.tanh(self.logits) + config.offset, 0.0, 1.0)
         if config.distribution == "hard_concrete":
             return self._stretch(torch.sigmoid(self.logits))
-        is_open = (self.logits > 0).to(self.logits.dtype)
-        gradient = 1.0 if config.closed_gradient else is_open
-        return is_open + (self.logits - self.logits.detach()) * gradient
+        value: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            self.logits, config.closed_gradient
+        )
+        return value
 
     def _sample(self) -> Tensor:
         config, count = self.config, self.logits.numel()
@@ -129,5 +147,5 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        applied: Any = super()._apply(keep_dtype, recurse)
-        return applied  # type: ignore[no-any-return]
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,8 @@ class PrunedLinear(nn.Module):
 
     State dict: ``weight`` [n, k] and ``bias`` [n] compact, ``rows`` int32 [n] and ``columns``
     int32 [k] only where something was removed. The CPU kernels' packed copy of the weight is made
-    on first use and made again when the weight changes; it is not saved.
+    on first use and made again when the weight is replaced or written in place (writes through
+    ``.data`` go unseen); it is not saved.
 
     Args:
         in_features, out_features: K and N, as the neighbours see them.
@@ -23,7 +27,9 @@ class PrunedLinear(nn.Module):
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"relu"``.
 
     Raises:
-        ValueError: a count is outside 0 … the side's size, or the activation is unknown.
+        ValueError: a size or a count isn't a whole number, a count is outside 0 … the side's size,
+            or the activation is unknown. Loading a state dict with indices that are unsorted,
+            duplicated or out of range raises it too.
 
     Example:
         >>> linear = nn.Linear(4, 3)
@@ -32,6 +38,7 @@ class PrunedLinear(nn.Module):
         0.0
     """
 
+    bias: nn.Parameter | None
     rows: Tensor | None
     columns: Tensor | None
 
@@ -47,8 +54,8 @@ class PrunedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        n = _kept_count("kept_rows", kept_rows, out_features)
-        k = _kept_count("kept_columns", kept_columns, in_features)
+        k = _kept_count("kept_columns", kept_columns, _size("in_features", in_features))
+        n = _kept_count("kept_rows", kept_rows, _size("out_features", out_features))
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
         self.in_features, self.out_features = in_features, out_features
@@ -58,10 +65,17 @@ class PrunedLinear(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if bias else None
         )
-        index = {"dtype": torch.int32, "device": device}
-        self.register_buffer("rows", None if kept_rows is None else torch.arange(n, **index))
-        self.register_buffer("columns", None if kept_columns is None else torch.arange(k, **index))
-        self._packed: tuple[object, Tensor] | None = None
+        for name, kept in (("rows", kept_rows), ("columns", kept_columns)):
+            index = None if kept is None else torch.arange(kept, dtype=torch.int32, device=device)
+            self.register_buffer(name, index)
+        self._packed: tuple[Tensor, int, Tensor | None] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as `nn.Linear` does."""
+        bound = 1.0 / math.sqrt(max(1, self.weight.shape[1]))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_linear(
@@ -111,7 +125,13 @@ class PrunedLinear(nn.Module):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """Return the dense-shaped Linear, with zeros where rows and columns were removed."""
+        """Return the dense-shaped Linear, with zeros where rows and columns were removed.
+
+        Raises:
+            ValueError: the layer has an activation, which a Linear can't hold.
+        """
+        if self.activation != "none":
+            raise ValueError(f"activation must be 'none' to be a Linear, got {self.activation!r}")
         weight = self.weight.detach()
         if self.columns is not None:
             wide = weight.new_zeros(weight.shape[0], self.in_features)
@@ -126,17 +146,21 @@ class PrunedLinear(nn.Module):
         linear = nn.Linear(
             self.in_features, self.out_features, bias is not None, device="meta"
         ).train(self.training)
-        linear.weight = nn.Parameter(weight.clone())
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.clone())
+        linear.weight = nn.Parameter(weight.clone(), self.weight.requires_grad)
+        if self.bias is not None and bias is not None:
+            linear.bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to y [..., N].
 
         Raises:
-            ValueError: x's last dimension or device doesn't fit.
+            ValueError: x's last dimension, dtype or device doesn't fit.
         """
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x must have a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
+            )
         return pruned_linear(
             x,
             self.weight,
@@ -163,16 +187,42 @@ class PrunedLinear(nn.Module):
         weight = self.weight
         if weight.device.type != "cpu" or torch.is_grad_enabled() and weight.requires_grad:
             return None
-        key = (weight.data_ptr(), weight._version, weight.dtype)
-        if self._packed is None or self._packed[0] != key:
-            self._packed = (key, pack_weight(weight.detach()))
-        return self._packed[1]
+        if torch.compiler.is_compiling():
+            return None
+        version = -1 if weight.is_inference() else weight._version
+        if self._packed is not None:
+            packed_from, packed_version, packed = self._packed
+            if packed_from.data_ptr() == weight.data_ptr() and packed_version == version:
+                return packed
+        # The alias keeps the storage alive, so that no other weight can get the same address.
+        alias = weight.detach()
+        packed = pack_weight(alias)
+        self._packed = (alias, version, packed)
+        return packed
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, size in (("rows", self.out_features), ("columns", self.in_features)):
+            indices = state_dict.get(prefix + name)
+            if indices is not None and getattr(self, name) is not None:
+                check_indices(prefix + name, indices, size)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+
+def _size(name: str, size: int) -> int:
+    if type(size) is not int or size < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}")
+    return size
 
 
 def _kept_count(name: str, kept: int | None, size: int) -> int:
     if kept is None:
         return size
-    if not 0 <= kept <= size:
+    if _size(name, kept) > size:
         raise ValueError(f"{name} must be between 0 and {size}, got {kept}")
     return kept
 
@@ -183,6 +233,8 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
     Raises:
         ValueError: naming the argument and the first offending value.
     """
+    if not isinstance(indices, Tensor):
+        raise ValueError(f"{name} must be a 1-D int32 or int64 tensor, got {indices!r}")
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{name} must be a 1-D int32 or int64 tensor, got {indices.dtype} with shape "

@@ -43,12 +43,20 @@ def gated_linear(
 
     Source: FineGates, arXiv 2602.09169; gradients as derived in docs/method.md.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-    _check_operands(x, w, b)
-    r = _gate_operand("r", r, w, 0)
-    c = _gate_operand("c", c, w, 1)
+    _check_matrix(x, w)
+    _check_dtype("x", x, w)
+    if b is not None:
+        _check_vector("b", b, w, 0)
+        _check_dtype("b", b, w)
+    if r is not None:
+        _check_vector("r", r, w, 0)
+        r = r.to(w.dtype)
+    if c is not None:
+        _check_vector("c", c, w, 1)
+        c = c.to(w.dtype)
     y: Tensor = schema.ops.gated_linear.default(x, w, b, r, c, closed_row_grad, backend)
     return y
 
@@ -69,7 +77,8 @@ def pruned_linear(
     """y[..., rows] = act(x[..., columns] wᵀ + b), every other output exactly 0, plus the residual.
 
     Differentiable in x, w, b and the residual: with gradients wanted it runs the reference, since
-    the native kernels are for inference.
+    the native kernels are for inference. Under autocast x is cast to its dtype and the weight keeps
+    its own, packed as it is.
 
     Args:
         x (`Tensor` [..., K]): input, any leading shape.
@@ -86,11 +95,25 @@ def pruned_linear(
         `Tensor` [..., N] of x's dtype.
 
     Raises:
-        ValueError: shapes, devices or the activation don't fit.
+        ValueError: shapes, dtypes, devices or the activation don't fit.
     """
     out_features = w.shape[0] if out_features is None else out_features
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    else:
+        _check_dtype("x", x, w)
+    _check_matrix(x, w, every_column=columns is None)
+    for name, vector, side in (("b", b, 0), ("rows", rows, 0), ("columns", columns, 1)):
+        if vector is not None:
+            _check_vector(name, vector, w, side)
+    if out_features < w.shape[0] or (rows is None and out_features != w.shape[0]):
+        raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {reference.ACTIVATIONS}, got {activation!r}")
+    if residual is not None and residual.shape != (*x.shape[:-1], out_features):
+        raise ValueError(
+            f"residual must have shape {(*x.shape[:-1], out_features)}, got {tuple(residual.shape)}"
+        )
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w, b, residual)
     ):
@@ -101,24 +124,30 @@ def pruned_linear(
     return y
 
 
-def _check_operands(x: Tensor, w: Tensor, b: Tensor | None) -> None:
+def _autocasts(x: Tensor) -> bool:
+    """Return whether autocast casts x; as for ``F.linear``, it leaves fp64 alone."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def _check_matrix(x: Tensor, w: Tensor, every_column: bool = True) -> None:
     if w.dim() != 2:
         raise ValueError(f"w must have 2 dimensions, got shape {tuple(w.shape)}")
-    if x.dim() == 0 or x.shape[-1] != w.shape[1]:
+    if x.dim() == 0 or every_column and x.shape[-1] != w.shape[1]:
         raise ValueError(
             f"x must have a last dimension of {w.shape[1]}, got shape {tuple(x.shape)}"
         )
-    if x.dtype != w.dtype:
-        raise ValueError(f"x must have w's dtype {w.dtype}, got {x.dtype}")
     if x.device != w.device:
         raise ValueError(f"x must be on w's device {w.device}, got {x.device}")
-    if b is not None and b.shape != w.shape[:1]:
-        raise ValueError(f"b must have shape ({w.shape[0]},), got {tuple(b.shape)}")
 
 
-def _gate_operand(name: str, gate: Tensor | None, w: Tensor, side: int) -> Tensor | None:
-    if gate is None:
-        return None
-    if gate.shape != (w.shape[side],):
-        raise ValueError(f"{name} must have shape ({w.shape[side]},), got {tuple(gate.shape)}")
-    return gate.to(w.dtype)
+def _check_vector(name: str, vector: Tensor, w: Tensor, side: int) -> None:
+    if vector.shape != (w.shape[side],):
+        raise ValueError(f"{name} must have shape ({w.shape[side]},), got {tuple(vector.shape)}")
+    if vector.device != w.device:
+        raise ValueError(f"{name} must be on w's device {w.device}, got {vector.device}")
+
+
+def _check_dtype(name: str, tensor: Tensor, w: Tensor) -> None:
+    if tensor.dtype != w.dtype:
+        raise ValueError(f"{name} must have w's dtype {w.dtype}, got {tensor.dtype}")

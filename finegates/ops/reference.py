@@ -63,7 +63,7 @@ def uniform(seed: Tensor, count: int) -> Tensor:
 
 
 def normal(seed: Tensor, count: int) -> Tensor:
-    """Return fp32 standard normals [count] by Box-Muller from an int64 seed [1], as ``tl.randn``."""
+    """Return fp32 normals [count] by Box-Muller from an int64 seed [1], equal to ``tl.randn``."""
     first, second, _, _ = philox(seed, count)
     u1 = _unit_interval(first).clamp(min=1.0e-7)
     return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(2.0 * math.pi * _unit_interval(second))
@@ -108,9 +108,10 @@ def gated_linear_backward(
     Returns:
         dx, dw, db, dr, dc.
     """
-    empty = x.new_empty(0)
-    dx = dw = db = dr = dc = empty
-    dy2, x2, y2 = dy.reshape(-1, w.shape[0]), x.reshape(-1, w.shape[1]), y.reshape(-1, w.shape[0])
+    # One tensor each: outputs of an op may not alias.
+    dx, dw, db, dr, dc = (x.new_empty(0) for _ in range(5))
+    tokens = math.prod(x.shape[:-1])
+    dy2, x2, y2 = (t.reshape(tokens, t.shape[-1]) for t in (dy, x, y))
     dv = dy2 if r is None else dy2 * r
     if mask[0] or (mask[4] and c is not None):
         u = dv @ w

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
@@ -67,7 +69,7 @@ for _name, _function in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-@register_fake("finegates::pruned_linear", lib=_library)
+@register_fake("finegates::pruned_linear", lib=_library)  # type: ignore[untyped-decorator]
 def _pruned_linear_fake(
     x: Tensor, w: Tensor, packed: Tensor | None, b: Tensor | None, rows: Tensor | None,
     columns: Tensor | None, out_features: int, activation: str, residual: Tensor | None,
@@ -76,7 +78,7 @@ def _pruned_linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@register_fake("finegates::gated_linear", lib=_library)
+@register_fake("finegates::gated_linear", lib=_library)  # type: ignore[untyped-decorator]
 def _gated_linear_fake(
     x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None,
     closed_row_grad: bool, backend: str,
@@ -84,7 +86,7 @@ def _gated_linear_fake(
     return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
-@register_fake("finegates::gated_linear_backward", lib=_library)
+@register_fake("finegates::gated_linear_backward", lib=_library)  # type: ignore[untyped-decorator]
 def _gated_linear_backward_fake(
     dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None,
     y: Tensor, closed_row_grad: bool, mask: list[bool],
@@ -96,26 +98,16 @@ def _gated_linear_backward_fake(
     )
 
 
-def _setup_context(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
     x, w, b, r, c, closed_row_grad, _ = inputs
-    ctx.closed_row_grad = closed_row_grad  # type: ignore[attr-defined]
-    ctx.save_for_backward(x, w, b, r, c, output)  # type: ignore[attr-defined]
+    ctx.closed_row_grad = closed_row_grad
+    ctx.save_for_backward(x, w, b, r, c, output)
 
 
-def _backward(ctx: object, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, b, r, c, y = ctx.saved_tensors  # type: ignore[attr-defined]
-    mask = list(ctx.needs_input_grad[:5])  # type: ignore[attr-defined]
-    grads = ops.gated_linear_backward(
-        dy,
-        x,
-        w,
-        b,
-        r,
-        c,
-        y,
-        ctx.closed_row_grad,
-        mask,  # type: ignore[attr-defined]
-    )
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, b, r, c, y = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:5])
+    grads = ops.gated_linear_backward(dy, x, w, b, r, c, y, ctx.closed_row_grad, mask)
     wanted = (g if want else None for g, want in zip(grads, mask, strict=True))
     return (*wanted, None, None)
 

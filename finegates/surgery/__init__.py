@@ -1,6 +1,7 @@
 """Model surgery: put gates in, count what they close, take closed rows and columns out."""
 
 from .budget import GateMap, Removal
+from .controller import GateController
 from .couplings import Architecture, Coupling, Side, architecture_of
 from .gate import gate_
 from .prune import prune_
@@ -8,6 +9,7 @@ from .prune import prune_
 __all__ = [
     "Architecture",
     "Coupling",
+    "GateController",
     "GateMap",
     "Removal",
     "Side",

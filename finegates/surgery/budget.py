@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ..gates import Gate
 from ..nn import FusedGatedLinear
-from .couplings import ORDER, PROBABILITY, Algebra, Architecture, Side, architecture_of
+from .couplings import (
+    AXES,
+    ORDER,
+    PROBABILITY,
+    Algebra,
+    Architecture,
+    Coupling,
+    Side,
+    architecture_of,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,11 @@ class Removal:
 
 
 def _margin(gate: Gate) -> Tensor:
-    return gate.logits.detach() - gate.config.closing_logit
+    return gate.spread(gate.logits.detach() - gate.config.closing_logit)
+
+
+def _probability(gate: Gate) -> Tensor:
+    return gate.spread(gate.open_probability())
 
 
 class GateMap:
@@ -61,7 +74,8 @@ class GateMap:
         for coupling in self.architecture.couplings:
             for side in coupling.sides:
                 module = model.get_submodule(side.module)
-                if isinstance(module, nn.Linear):
+                # Not a subclass: its forward may be anything.
+                if type(module) is nn.Linear:
                     self.linears[side.module] = module
         self.couplings = [
             coupling
@@ -81,40 +95,59 @@ class GateMap:
         """Return the gates with distinct logits: tied gates count once."""
         unique: dict[int, Gate] = {}
         for name in self.layers:
-            for axis in ("row", "column"):
-                gate = self.gate(Side(name, axis))  # type: ignore[arg-type]
+            for axis in AXES:
+                gate = self.gate(Side(name, axis))
                 if gate is not None:
                     unique.setdefault(id(gate.logits), gate)
         return list(unique.values())
 
     def sides(self) -> list[Side]:
         """Return the row and column side of every Linear that takes part."""
-        return [Side(name, axis) for name in self.linears for axis in ("row", "column")]  # type: ignore[arg-type]
+        return [Side(name, axis) for name in self.linears for axis in AXES]
 
     @torch.no_grad()
     def margins(self) -> dict[Side, Tensor]:
-        """Return per side the logits above the closing logit, couplings resolved: alive iff > 0."""
+        """Return per side the logits minus the closing logit, couplings resolved: the ranking.
+
+        Raises:
+            ValueError: a logit is NaN.
+        """
         raw = {side: self._spread(side, _margin, torch.inf) for side in self.sides()}
-        return self._resolve(raw, ORDER)
+        return self._resolve(_without_nan(raw), ORDER)
+
+    @torch.no_grad()
+    def alive(self) -> dict[Side, Tensor]:
+        """Return per side which elements live (bool), couplings resolved.
+
+        A gate is open when its evaluation value is above 0. That value decides, not the logit's
+        distance to the closing logit: the two disagree within a rounding of the edge.
+
+        Raises:
+            ValueError: a logit is NaN.
+        """
+        raw = {side: self._spread(side, Gate.value, 1.0) for side in self.sides()}
+        resolved = self._resolve(_without_nan(raw), ORDER)
+        return {side: value > 0 for side, value in resolved.items()}
 
     def open_probabilities(self) -> dict[Side, Tensor]:
         """Return per side P(alive), couplings resolved, differentiable in the logits.
 
-        Sides of a coupling that share one gate die together: their probability is that gate's own.
+        Sides of a coupling that share one gate die together: their probability is that gate's own,
+        and the side's that has none. Other gates are taken as independent.
         """
-        raw = {side: self._spread(side, Gate.open_probability, 1.0) for side in self.sides()}
-        tied = {side for c in self.couplings if self._is_tied(c.sides) for side in c.sides}
-        resolved = self._resolve(raw, PROBABILITY)
-        return {side: raw[side] if side in tied else value for side, value in resolved.items()}
+        resolved = {side: self._spread(side, _probability, 1.0) for side in self.sides()}
+        for coupling in self.couplings:
+            algebra = ORDER if self._is_tied(coupling) else PROBABILITY
+            resolved.update(coupling.resolve(resolved, algebra))
+        return resolved
 
     def removal(self) -> Removal:
         """Count the parameters of the gated weights and those in dead rows and columns."""
-        margins = self.margins()
+        alive = self.alive()
         total = kept = 0
         for name, layer in self.layers.items():
             total += layer.weight.numel()
-            rows = int((margins[Side(name, "row")] > 0).sum())
-            kept += rows * int((margins[Side(name, "column")] > 0).sum())
+            kept += int(alive[Side(name, "row")].sum()) * int(alive[Side(name, "column")].sum())
         return Removal(total, total - kept)
 
     @torch.no_grad()
@@ -123,56 +156,66 @@ class GateMap:
 
         The threshold is found by bisection over the sorted margins on the exact count: removal can
         only grow with the threshold, because couplings are minima and maxima of margins. It lies
-        midway between two neighbouring margins; equal margins close together.
+        midway between two neighbouring margins; equal margins close together, but never all of a
+        model. Infinite logits stay as they are.
 
         Args:
             sparsity: fraction of the gated weights' parameters, in [0, 1).
 
         Returns:
             What is removed now.
+
+        Raises:
+            ValueError: ``sparsity`` is outside [0, 1), or a logit is NaN.
         """
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
         margins = {side: m.double().cpu().numpy() for side, m in self.margins().items()}
         layers = [
             (np.sort(margins[Side(name, "row")]), np.sort(margins[Side(name, "column")]))
             for name in self.layers
         ]
         total = sum(len(rows) * len(columns) for rows, columns in layers)
-        levels = np.unique(np.concatenate([m[np.isfinite(m)] for pair in layers for m in pair]))
+        finite = np.unique(np.concatenate([m[np.isfinite(m)] for pair in layers for m in pair]))
+        if len(finite) == 0:
+            return self.removal()
+        levels = np.concatenate([[-np.inf], finite, [np.inf]])
 
-        def removed(count: int) -> int:
-            """Parameters removed when the lowest ``count`` levels are closed."""
-            if count == 0:
-                return 0
-            level = levels[count - 1]
+        def removed(at: int) -> int:
+            """Parameters removed when the levels up to ``at`` are closed."""
             kept = 0
             for rows, columns in layers:
-                open_rows = len(rows) - int(np.searchsorted(rows, level, side="right"))
-                kept += open_rows * (len(columns) - int(np.searchsorted(columns, level, "right")))
+                open_rows = len(rows) - int(np.searchsorted(rows, levels[at], side="right"))
+                open_columns = len(columns) - int(np.searchsorted(columns, levels[at], "right"))
+                kept += open_rows * open_columns
             return total - kept
 
-        low, high = 0, len(levels)
+        goal = sparsity * total
+        low, high = 0, len(finite)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if removed(middle) <= sparsity * total else (low, middle)
-        goal = sparsity * total
-        count = min((low, high), key=lambda candidate: abs(removed(candidate) - goal))
-        below = levels[count - 1] if count > 0 else levels[0] - 1.0
-        above = levels[count] if count < len(levels) else levels[-1] + 1.0
-        shift = float((below + above) / 2)
+            low, high = (middle, high) if removed(middle) <= goal else (low, middle)
+        nearer = abs(removed(high) - goal) < abs(removed(low) - goal)
+        shift = (
+            _between(*levels[high : high + 2])
+            if nearer and removed(high) < total
+            else (_between(*levels[low : low + 2]))
+        )
         for gate in self.gates():
             gate.logits.sub_(shift)
         return self.removal()
 
-    def _is_tied(self, sides: tuple[Side, ...]) -> bool:
-        gates = [self.gate(side) for side in sides]
-        return all(gate is not None for gate in gates) and (
-            len({id(gate.logits) for gate in gates if gate is not None}) == 1
+    def _is_tied(self, coupling: Coupling) -> bool:
+        gates = [(side, self.gate(side)) for side in coupling.sides]
+        present = [(side, gate) for side, gate in gates if gate is not None]
+        return len({id(gate.logits) for _, gate in present}) == 1 and all(
+            gate.layout == coupling.layout(side) for side, gate in present
         )
 
     def _spread(self, side: Side, of: Callable[[Gate], Tensor], ungated: float) -> Tensor:
         gate = self.gate(side)
         if gate is not None:
-            return gate.spread(of(gate))
+            return of(gate)
         linear = self.linears[side.module]
         size = linear.out_features if side.axis == "row" else linear.in_features
         return torch.full((size,), ungated, device=linear.weight.device)
@@ -182,3 +225,20 @@ class GateMap:
         for coupling in self.couplings:
             resolved.update(coupling.resolve(values, algebra))
         return resolved
+
+
+def _without_nan(values: dict[Side, Tensor]) -> dict[Side, Tensor]:
+    for side, value in values.items():
+        if value.isnan().any():
+            raise ValueError(f"{side.module}.{side.axis}_gate.logits holds NaN")
+    return values
+
+
+def _between(below: float, above: float) -> float:
+    """Return an fp32 threshold t with below - t <= 0 < above - t in fp32."""
+    if not np.isfinite(below):
+        below = above - max(1.0, abs(above))
+    if not np.isfinite(above):
+        above = below + max(1.0, abs(below))
+    middle = np.float32((below + above) / 2)
+    return float(middle if middle < above else np.float32(below))

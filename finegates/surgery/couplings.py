@@ -27,19 +27,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Families whose rotary embedding turns the pair (d, d + head_dim / 2) of every head.
-_ROTARY_HALVES = ("llama", "mistral", "qwen2", "gemma")
+# Model types whose blocks compute what the table says; tests/test_couplings.py runs every one. The
+# module names alone prove nothing: RoFormer's rotate queries, YOSO's normalise them, BitNet's norm
+# the MLP's inner features, and all carry BERT's or Llama's names.
+BERT_TYPES = ("bert", "camembert", "data2vec-text", "electra", "roberta", "xlm-roberta")
+LLAMA_TYPES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+
+
+Axis = Literal["row", "column"]
+AXES: tuple[Axis, Axis] = ("row", "column")
 
 
 class Side(NamedTuple):
     """One side of one Linear: its rows (output features) or its columns (input features)."""
 
     module: str
-    axis: Literal["row", "column"]
+    axis: Axis
 
 
 class Algebra(NamedTuple):
-    """How "and" and "or" combine vectors: minimum/maximum for logits, products for probabilities."""
+    """How "and" and "or" combine vectors: min and max for logits, products for probabilities."""
 
     both: Callable[[Tensor, Tensor], Tensor]
     any_of: Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -114,7 +121,7 @@ class Architecture:
     """What is known of a model's blocks.
 
     Args:
-        family: ``"bert"``, ``"llama"`` or None for an unknown architecture.
+        family: ``"bert"``, ``"llama"``, after the blocks' module names, or None for neither.
         linears: names of the attention and MLP Linears, in model order.
         couplings: see `Coupling`.
         shared_inputs: groups of column sides that read the same tensor.
@@ -139,23 +146,30 @@ def architecture_of(model: nn.Module) -> Architecture:
 
     BERT-like blocks hold ``attention.self.{query,key,value}``, ``attention.output.dense``,
     ``intermediate.dense`` and ``output.dense``; Llama-like blocks hold ``self_attn.{q,k,v,o}_proj``
-    and ``mlp.{gate,up,down}_proj``. Anything else is unknown: gates still work, nothing is coupled.
+    and ``mlp.{gate,up,down}_proj``. Their couplings hold for the model types in `BERT_TYPES` and
+    `LLAMA_TYPES`, taken from the attention's own config or the model's. Anything else is unknown:
+    gates still work, nothing is coupled.
     """
     found = Architecture(None, (), (), ())
+    config = getattr(model, "config", None)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if _has(module, "attention.self.query", "intermediate.dense", "output.dense"):
-            found += _bert_block(prefix, module)
+            found += _bert_block(prefix, module, config)
         elif _has(module, "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj"):
-            found += _llama_block(prefix, module, getattr(model, "config", None))
+            found += _llama_block(prefix, module, config)
     return found
 
 
-def _bert_block(prefix: str, block: nn.Module) -> Architecture:
+def _bert_block(prefix: str, block: nn.Module, config: Any) -> Architecture:
     query, key, value = (f"{prefix}attention.self.{n}" for n in ("query", "key", "value"))
     attention_output = f"{prefix}attention.output.dense"
     inner, output = f"{prefix}intermediate.dense", f"{prefix}output.dense"
+    names = (query, key, value, attention_output, inner, output)
+    shared = (tuple(Side(n, "column") for n in (query, key, value)),)
     attention: Any = block.get_submodule("attention.self")
+    if _model_type(attention, config) not in BERT_TYPES:
+        return Architecture("bert", names, (), shared)
     heads = attention.num_attention_heads
     couplings = [
         Coupling(Side(attention_output, "column"), (Side(value, "row"),), heads, 1, 1,
@@ -169,35 +183,35 @@ def _bert_block(prefix: str, block: nn.Module) -> Architecture:
         )  # fmt: skip
     if _fixes_zero(block.get_submodule("intermediate").intermediate_act_fn):
         couplings.append(_mlp(output, (inner,), block.get_submodule("intermediate.dense")))
-    names = (query, key, value, attention_output, inner, output)
-    shared = (tuple(Side(n, "column") for n in (query, key, value)),)
     return Architecture("bert", names, tuple(couplings), shared)
 
 
 def _llama_block(prefix: str, block: nn.Module, config: Any) -> Architecture:
     query, key, value, out = (f"{prefix}self_attn.{n}_proj" for n in ("q", "k", "v", "o"))
     gate, up, down = (f"{prefix}mlp.{n}_proj" for n in ("gate", "up", "down"))
+    names = (query, key, value, out, gate, up, down)
+    shared = (
+        tuple(Side(n, "column") for n in (query, key, value)),
+        tuple(Side(n, "column") for n in (gate, up)),
+    )
     attention: Any = block.get_submodule("self_attn")
+    if _model_type(attention, config) not in LLAMA_TYPES:
+        return Architecture("llama", names, (), shared)
     head = attention.head_dim
     heads = _features(attention.q_proj, "row") // head
     groups = _features(attention.k_proj, "row") // head
     couplings = [
         Coupling(Side(out, "column"), (Side(value, "row"),), groups, heads // groups, 1, head)
     ]
-    rotary = getattr(config, "model_type", None) in _ROTARY_HALVES
-    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-    # Per-head norms of queries or keys would see the removed keys.
-    if rotary and partial == 1.0 and _only_linears(attention):
+    # The rotary embedding turns the pairs (d, d + head / 2). Per-head norms of queries or keys, as
+    # Qwen3 has, would see the removed features.
+    rope = getattr(getattr(attention, "config", config), "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) == 1.0 and _only_linears(attention):
         couplings.append(
             Coupling(Side(query, "row"), (Side(key, "row"),), groups, heads // groups, 2, head // 2)
         )
     if _fixes_zero(block.get_submodule("mlp").act_fn):
         couplings.append(_mlp(down, (gate, up), block.get_submodule("mlp.up_proj")))
-    names = (query, key, value, out, gate, up, down)
-    shared = (
-        tuple(Side(n, "column") for n in (query, key, value)),
-        tuple(Side(n, "column") for n in (gate, up)),
-    )
     return Architecture("llama", names, tuple(couplings), shared)
 
 
@@ -205,6 +219,11 @@ def _mlp(output: str, inner: Iterable[str], inner_linear: Any) -> Coupling:
     ones = tuple(Side(name, "row") for name in inner)
     width = _features(inner_linear, "row")
     return Coupling(Side(output, "column"), ones, 1, 1, 1, width, private=True)
+
+
+def _model_type(attention: nn.Module, config: Any) -> str | None:
+    model_type: str | None = getattr(getattr(attention, "config", config), "model_type", None)
+    return model_type
 
 
 def _features(linear: Any, axis: str) -> int:

@@ -31,8 +31,9 @@ def gate_(model: Model, config: GateConfig | None = None) -> Model:
         The same model.
 
     Raises:
-        ValueError: the model is gated already, a pattern matches no Linear, or ``modules`` is None
-            for a model whose architecture is unknown.
+        ValueError: the model is gated already, a pattern matches no Linear, ``modules`` is None for
+            a model whose architecture is unknown, or a selected Linear lies in an
+            `nn.TransformerEncoderLayer`, which reads its Linears' weights past their gates.
     """
     config = GateConfig() if config is None else config
     if any(isinstance(module, FusedGatedLinear) for module in model.modules()):
@@ -58,7 +59,7 @@ def select(model: nn.Module, config: GateConfig, architecture: Architecture) -> 
     Raises:
         ValueError: a pattern matches no Linear, or there is no default for this architecture.
     """
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears = [name for name, module in model.named_modules() if name and type(module) is nn.Linear]
     if config.modules is None:
         names = [name for name in architecture.linears if name in set(linears)]
         if not names:
@@ -70,7 +71,14 @@ def select(model: nn.Module, config: GateConfig, architecture: Architecture) -> 
     for pattern in config.modules:
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"modules: pattern {pattern!r} matches no nn.Linear of the model")
-    return [name for name in linears if _matches(name, config.modules)]
+    names = [name for name in linears if _matches(name, config.modules)]
+    for name in names:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"modules: {name!r} lies in an nn.TransformerEncoderLayer, whose fast path reads "
+                "the weight without its gates"
+            )
+    return names
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

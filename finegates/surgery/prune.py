@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,12 @@ def prune_(model: Model) -> Model:
         The same model, without gates.
 
     Raises:
-        ValueError: the model has no gated layer.
+        ValueError: the model has no gated layer, is one itself, or has a NaN logit.
     """
+    if isinstance(model, FusedGatedLinear):
+        raise ValueError("model is a FusedGatedLinear itself; put it in a container to replace it")
     gates = GateMap(model)
-    alive = {side: margin > 0 for side, margin in gates.margins().items()}
+    alive = gates.alive()
     compact = {side for c in gates.couplings if c.private for side in c.sides}
     replacements = {
         name: _replace(name, linear, alive, compact) for name, linear in gates.linears.items()
@@ -43,7 +45,7 @@ def prune_(model: Model) -> Model:
     for name, replacement in replacements.items():
         model.set_submodule(name, replacement)
     if shared:
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
+        _untie_embeddings(model)
     record_pruned(model)
     return model
 
@@ -51,10 +53,10 @@ def prune_(model: Model) -> Model:
 def _replace(
     name: str, linear: nn.Linear, alive: dict[Side, Tensor], compact: set[Side]
 ) -> nn.Linear | PrunedLinear:
-    folded = _fold(linear)
     row, column = Side(name, "row"), Side(name, "column")
     rows = None if alive[row].all() else alive[row].nonzero().squeeze(1)
     columns = None if alive[column].all() else alive[column].nonzero().squeeze(1)
+    folded = _fold(linear) if isinstance(linear, FusedGatedLinear) else linear
     if rows is None and columns is None:
         return folded
     pruned = PrunedLinear.from_linear(folded, rows, columns)
@@ -65,21 +67,26 @@ def _replace(
     return pruned
 
 
-def _fold(linear: nn.Linear) -> nn.Linear:
-    """Return a plain Linear that computes what the layer's evaluation gates compute."""
-    weight = linear.weight.detach()
-    bias = None if linear.bias is None else linear.bias.detach()
-    if isinstance(linear, FusedGatedLinear):
-        if linear.row_gate is not None:
-            r = linear.row_gate.value().to(weight.dtype)
-            weight = weight * r[:, None]
-            bias = None if bias is None else bias * r
-        if linear.column_gate is not None:
-            weight = weight * linear.column_gate.value().to(weight.dtype)
+def _fold(linear: FusedGatedLinear) -> nn.Linear:
+    """Return a plain Linear that computes what the layer's evaluation gates compute.
+
+    The gate values are those of the gated layer, rounded to the weight's dtype; their product with
+    the weight is taken in fp32 at least and rounded once.
+    """
+    dtype = linear.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = linear.weight.detach().to(wide)
+    bias = None if linear.bias is None else linear.bias.detach().to(wide)
+    if linear.row_gate is not None:
+        r = linear.row_gate.value().to(dtype).to(wide)
+        weight = weight * r[:, None]
+        bias = None if bias is None else bias * r
+    if linear.column_gate is not None:
+        weight = weight * linear.column_gate.value().to(dtype).to(wide)
     folded = nn.Linear(linear.in_features, linear.out_features, bias is not None, device="meta")
-    folded.weight = nn.Parameter(weight, requires_grad=False)
+    folded.weight = nn.Parameter(weight.to(dtype), linear.weight.requires_grad)
     if bias is not None:
-        folded.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        folded.bias = nn.Parameter(bias.to(dtype), linear.bias.requires_grad)
     return folded.train(linear.training)
 
 
@@ -90,3 +97,12 @@ def _shared_weights(model: nn.Module, gates: GateMap) -> bool:
         id(parameter) in owned and name.removesuffix(".weight") not in gates.layers
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
+
+
+def _untie_embeddings(model: nn.Module) -> None:
+    """Keep transformers from tying a pruned output embedding to the input embedding again."""
+    config: Any = getattr(model, "config", None)
+    texts = [config.get_text_config()] if hasattr(config, "get_text_config") else []
+    for part in (config, *texts):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
