@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gated_matmul
-from .launch import GEMM, OPTIONS, REDUCE, gemm_options
+from . import fold, gated_matmul, norm_gather, open_mass
+from .launch import GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, gemm_options
 
 RESOURCES = Path(__file__).with_name("resources.json")
 
@@ -37,11 +37,11 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, "large", 163 * 1024),
-    "sm_89": Target("cuda", 89, 32, "medium", 99 * 1024),
-    "sm_90": Target("cuda", 90, 32, "large", 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, "large", 227 * 1024),
-    "gfx942": Target("hip", "gfx942", 64, "small", 64 * 1024),
+    "sm_80": Target("cuda", 80, 32, "ampere", 163 * 1024),
+    "sm_89": Target("cuda", 89, 32, "consumer", 99 * 1024),
+    "sm_90": Target("cuda", 90, 32, "hopper", 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, "blackwell", 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, "cdna", 64 * 1024),
 }
 DTYPES = {"fp16": 16, "bf16": 16, "fp32": 32}
 # Pointer arguments whose element type is not the operands'; every other pointer is an operand.
@@ -50,75 +50,72 @@ POINTERS = {
     **dict.fromkeys(("rows_ptr", "columns_ptr"), "i32"),
     **dict.fromkeys(
         ("r_ptr", "c_ptr", "dr_ptr", "dc_ptr", "db_ptr", "row_logits_ptr", "column_logits_ptr",
-         "row_out_ptr", "column_out_ptr"), "fp32"),
+         "row_out_ptr", "column_out_ptr", "logits_ptr", "dlogits_ptr", "out_ptr", "dout_ptr"),
+        "fp32"),
+    "offsets_ptr": "i64",
 }  # fmt: skip
-FLOATS = ("shift", "scale", "beta")
+FLOATS = ("shift", "scale", "beta", "eps")
 _GATES = {"row_logits_ptr": None, "column_logits_ptr": None, "seed_ptr": None}
 _DENSE = {"rows_ptr": None, "columns_ptr": None}
 _INNER = {"stride_xk": 1, "stride_wk": 1, "stride_dyn": 1}
 
 
 class Variant(NamedTuple):
-    """One specialisation: the kernel, its row of the launch table, its constants (None: absent)."""
+    """One specialisation: its row of the launch table or its launch, its constants."""
 
     name: str
     kernel: Any
-    table: str | None
+    table: str | dict[str, Any]
     constants: dict[str, Any]
 
 
-def _sampled(distribution: str) -> Variant:
-    constants = {"residual_ptr": None, **_DENSE, **_INNER}
-    flags = {"ROW": distribution, "COLUMN": distribution, "ACTIVATION": "none"}
-    kernel = gated_matmul._gated_matmul_fwd_kernel
-    return Variant(f"gated_matmul_fwd[{distribution}]", kernel, "fwd", {**constants, **flags})
+_SAMPLED = {"residual_ptr": None, "ACTIVATION": "none", "GATHERED": False, **_DENSE, **_INNER}
+_OPEN = {"ROW": "none", "COLUMN": "none", "r_ptr": None, "c_ptr": None}
+_FROZEN = {"CLOSED_GRAD": False, **_INNER}
+_REDUCED = {"NOISE": True, "CLOSED_GRAD": False, "DIVIDE_ROW": True, "rows_ptr": None}
 
 
-_PRUNED = {"ROW": "none", "COLUMN": "none", "r_ptr": None, "c_ptr": None, **_GATES, **_INNER}
+def _both(distribution: str) -> dict[str, Any]:
+    return {"ROW": distribution, "COLUMN": distribution}
+
+
 VARIANTS = (
-    _sampled("gaussian"),
-    _sampled("hard_concrete"),
-    Variant(
-        "gated_matmul_fwd[value]",
-        gated_matmul._gated_matmul_fwd_kernel,
-        "fwd",
-        {"ROW": "value", "COLUMN": "value", "ACTIVATION": "none", "residual_ptr": None,
-         **_GATES, **_DENSE, **_INNER},
-    ),
-    Variant(
-        "gated_matmul_fwd[pruned]",
-        gated_matmul._gated_matmul_fwd_kernel,
-        "fwd",
-        {"ACTIVATION": "gelu", **_PRUNED},
-    ),
-    Variant(
-        "gated_matmul_bwd_x",
-        gated_matmul._gated_matmul_bwd_x_kernel,
-        "bwd_x",
-        {"CLOSED_GRAD": False, **_DENSE, **_INNER},
-    ),
-    Variant(
-        "gated_matmul_bwd_x[compact]",
-        gated_matmul._gated_matmul_bwd_x_kernel,
-        "bwd_x",
-        {"CLOSED_GRAD": False, **_INNER},
-    ),
-    Variant(
-        "gated_matmul_bwd_r", gated_matmul._gated_matmul_bwd_r_kernel, "bwd_r", {**_DENSE, **_INNER}
-    ),
-    Variant(
-        "gated_matmul_bwd_w",
-        gated_matmul._gated_matmul_bwd_w_kernel,
-        "bwd_w",
-        {"CLOSED_GRAD": False, **_DENSE, **_INNER},
-    ),
-    Variant(
-        "gated_matmul_bwd_gates",
-        gated_matmul._gated_matmul_bwd_gates_kernel,
-        None,
-        {"DISTRIBUTION": "gaussian", "NOISE": True, "CLOSED_GRAD": False, "DIVIDE_ROW": True,
-         "DIVIDE_COLUMN": False, "rows_ptr": None},
-    ),
+    Variant("gated_matmul_fwd[gaussian]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
+            {**_both("gaussian"), **_SAMPLED}),
+    Variant("gated_matmul_fwd[hard_concrete]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
+            {**_both("hard_concrete"), **_SAMPLED}),
+    Variant("gated_matmul_fwd[ranking]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
+            {**_both("ranking"), "seed_ptr": None, **_SAMPLED}),
+    Variant("gated_matmul_fwd[value]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
+            {**_both("value"), **_GATES, **_SAMPLED}),
+    Variant("gated_matmul_fwd[pruned]", gated_matmul._gated_matmul_fwd_kernel, "fwd_map",
+            {"ACTIVATION": "gelu", "GATHERED": False, **_OPEN, **_GATES, **_INNER}),
+    Variant("gated_matmul_fwd[scatter]", gated_matmul._gated_matmul_fwd_kernel, "fwd_map",
+            {"ACTIVATION": "gelu", "GATHERED": True, **_OPEN, **_GATES, **_INNER}),
+    Variant("gated_matmul_bwd_x", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x",
+            {"GATHERED": False, **_FROZEN, **_DENSE}),
+    Variant("gated_matmul_bwd_x[compact]", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x_map",
+            {"GATHERED": True, "r_ptr": None, "c_ptr": None, **_FROZEN}),
+    Variant("gated_matmul_bwd_r", gated_matmul._gated_matmul_bwd_r_kernel, "bwd_r",
+            {"GATHERED": False, **_DENSE, **_INNER}),
+    Variant("gated_matmul_bwd_w", gated_matmul._gated_matmul_bwd_w_kernel, "bwd_w",
+            {**_FROZEN, **_DENSE}),
+    Variant("gated_matmul_bwd_gates[fused]", gated_matmul._gated_matmul_bwd_gates_kernel, REDUCE,
+            {"DISTRIBUTION": "gaussian", "DIVIDE_COLUMN": False, **_REDUCED}),
+    Variant("gated_matmul_bwd_gates[fold]", gated_matmul._gated_matmul_bwd_gates_kernel, REDUCE,
+            {"DISTRIBUTION": "hard_concrete", "DIVIDE_COLUMN": True, **_REDUCED}),
+    Variant("fold_fwd[gaussian]", fold._fold_fwd_kernel, STREAM, {**_both("gaussian"), **_INNER}),
+    Variant("fold_fwd[hard_concrete]", fold._fold_fwd_kernel, STREAM,
+            {**_both("hard_concrete"), **_INNER}),
+    Variant("fold_bwd", fold._fold_bwd_kernel, STREAM, _INNER),
+    Variant("norm_gather_fwd[rms]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
+            {"NORM": "rms", "bias_ptr": None, **_INNER}),
+    Variant("norm_gather_fwd[layer]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
+            {"NORM": "layer", **_INNER}),
+    Variant("open_mass_fwd", open_mass._open_mass_fwd_kernel, ROW_WISE,
+            {"DISTRIBUTION": "gaussian"}),
+    Variant("open_mass_bwd", open_mass._open_mass_bwd_kernel, ROW_WISE,
+            {"DISTRIBUTION": "gaussian"}),
 )  # fmt: skip
 
 
@@ -145,8 +142,8 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
     for target in targets:
         for index, variant in enumerate(VARIANTS):
             for dtype, bits in DTYPES.items():
-                if variant.table is None:
-                    listed.append(Job(index, target, dtype, {**REDUCE, **OPTIONS}))
+                if not isinstance(variant.table, str):
+                    listed.append(Job(index, target, dtype, {**variant.table, **OPTIONS}))
                     continue
                 table = variant.table.replace("bwd_r", "bwd_x")
                 for tile in GEMM[table, bits][TARGETS[target].family]:

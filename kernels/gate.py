@@ -144,11 +144,12 @@ def fill_gaps(
     first = tile * BLOCK
     low = tl.load(map_ptr + first, mask=(first > 0) & (first < count), other=0)
     high = tl.load(map_ptr + first + BLOCK, mask=first + BLOCK < count, other=size)
-    for start in range(low, high, BLOCK):
-        j = start + tl.arange(0, BLOCK).to(tl.int64)
+    WIDTH: tl.constexpr = 32 if BLOCK > 32 else BLOCK
+    for start in range(low, high, WIDTH):
+        j = start + tl.arange(0, WIDTH).to(tl.int64)
         mask = (m < M)[:, None] & (j < high)[None, :]
         if residual_ptr is None:
-            fill = tl.zeros((m.shape[0], BLOCK), out_ptr.dtype.element_ty)
+            fill = tl.zeros((m.shape[0], WIDTH), out_ptr.dtype.element_ty)
         else:
             fill = tl.load(
                 residual_ptr + m[:, None] * stride_residual + j[None, :], mask=mask, other=0.0

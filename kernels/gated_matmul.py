@@ -21,16 +21,21 @@ from .gate import (
     gate_tile,
     tile_order,
 )
-from .launch import OPTIONS, REDUCE, Tile, cdiv, gemm_options, gemm_tile
+from .launch import GATHER_ROWS, OPTIONS, REDUCE, Tile, cdiv, gemm_options, gemm_tile
+from .norm_gather import norm_gather_fwd
 
 
 @triton.jit
 def _gated_dot(
     x_ptr, w_ptr, c_ptr, columns_ptr, m, n, end, M, N, K,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, GATHERED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return the fp32 tile (x ⊙ c) wᵀ over the positions 0 … end; c is applied in registers."""
+    """Return the fp32 tile (x ⊙ c) wᵀ over the positions 0 … end; c is applied in registers.
+
+    With ``GATHERED`` x has the kept columns only, side by side: 16-byte loads straight to shared
+    memory, where a gather takes an address and a load per element.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     x_ptrs = x_ptr + m[:, None] * stride_xm
@@ -39,7 +44,8 @@ def _gated_dot(
         inside = k < K - start
         column = feature_of(columns_ptr, start + k, inside)
         x_mask = (m < M)[:, None] & inside[None, :]
-        x = tl.load(x_ptrs + column[None, :] * stride_xk, mask=x_mask, other=0.0)
+        at = start + k if GATHERED else column
+        x = tl.load(x_ptrs + at[None, :] * stride_xk, mask=x_mask, other=0.0)
         w = tl.load(w_ptrs, mask=(n < N)[None, :] & inside[:, None], other=0.0)
         if c_ptr is not None:
             c = tl.load(c_ptr + column, mask=inside, other=0.0)
@@ -55,7 +61,8 @@ def _gated_matmul_fwd_kernel(
     seed_ptr, rows_ptr, columns_ptr, M, N, K, N_out,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_residual,
     row_span, row_width, column_span, column_width, shift, scale, beta,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, ACTIVATION: tl.constexpr, GATHERED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.maximum(tl.cdiv(N, BLOCK_N), 1)
@@ -79,7 +86,7 @@ def _gated_matmul_fwd_kernel(
         end = tl.where(tl.max((r != 0.0).to(tl.int32)) > 0, end, 0)
     acc = _gated_dot(
         x_ptr, w_ptr, c_ptr, columns_ptr, m, n, end, M, N, K,
-        stride_xm, stride_xk, stride_wn, stride_wk, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        stride_xm, stride_xk, stride_wn, stride_wk, GATHERED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if b_ptr is not None:
         acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -102,7 +109,7 @@ def _gated_matmul_fwd_kernel(
 @triton.jit
 def _sum_dy(
     dy_ptr, y_ptr, rows_ptr, dr_ptr, db_ptr, m, M, N, N_out, tile_m, first, step,
-    stride_dym, stride_dyn, stride_ym, BLOCK_N: tl.constexpr,
+    stride_dym, stride_dyn, stride_ym, GATHERED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Σₘ dy ⊙ y and Σₘ dy over one row tile, for every ``step``-th block of rows of w.
 
@@ -113,7 +120,8 @@ def _sum_dy(
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         row = feature_of(rows_ptr, n, n < N)
         mask = (m < M)[:, None] & (n < N)[None, :]
-        dy_ptrs = dy_ptr + m[:, None] * stride_dym + row[None, :] * stride_dyn
+        at = n if GATHERED else row
+        dy_ptrs = dy_ptr + m[:, None] * stride_dym + at[None, :] * stride_dyn
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         if db_ptr is not None:
             tl.store(db_ptr + tile_m * N + n, tl.sum(dy, 0), mask=n < N)
@@ -128,13 +136,14 @@ def _gated_matmul_bwd_x_kernel(
     dy_ptr, w_ptr, x_ptr, y_ptr, r_ptr, c_ptr, rows_ptr, columns_ptr,
     dx_ptr, dc_ptr, dr_ptr, db_ptr, M, N, K, N_out, K_in,
     stride_dym, stride_dyn, stride_wn, stride_wk, stride_xm, stride_xk, stride_ym,
-    CLOSED_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    CLOSED_GRAD: tl.constexpr, GATHERED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """u = (dy ⊙ r) w, dx = u ⊙ c, and per row tile the sums over m of x ⊙ u, dy ⊙ y and dy.
 
     dc_ptr [tiles, K_in], dr_ptr [tiles, N_out] and db_ptr [tiles, N] are first-stage sums that
-    `_gated_matmul_bwd_gates_kernel` adds in a fixed order.
+    `_gated_matmul_bwd_gates_kernel` adds in a fixed order. With ``GATHERED`` dy has the kept rows
+    only, side by side, while y has all.
     """
     tiles_k = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
     pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_k, GROUP_M)
@@ -156,7 +165,8 @@ def _gated_matmul_bwd_x_kernel(
         inside = n < N - start
         row = feature_of(rows_ptr, start + n, inside)
         dy_mask = (m < M)[:, None] & inside[None, :]
-        dy = tl.load(dy_ptrs + row[None, :] * stride_dyn, mask=dy_mask, other=0.0)
+        at = start + n if GATHERED else row
+        dy = tl.load(dy_ptrs + at[None, :] * stride_dyn, mask=dy_mask, other=0.0)
         w = tl.load(w_ptrs, mask=inside[:, None] & (k < K)[None, :], other=0.0)
         if r_ptr is not None:
             r = tl.load(r_ptr + row, mask=inside, other=0.0)
@@ -179,14 +189,15 @@ def _gated_matmul_bwd_x_kernel(
     if dr_ptr is not None or db_ptr is not None:
         _sum_dy(
             dy_ptr, y_ptr, rows_ptr, dr_ptr, db_ptr, m, M, N, N_out, pid_m.to(tl.int64), pid_k,
-            tiles_k, stride_dym, stride_dyn, stride_ym, BLOCK_N,
+            tiles_k, stride_dym, stride_dyn, stride_ym, GATHERED, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def _gated_matmul_bwd_r_kernel(
     x_ptr, w_ptr, b_ptr, dy_ptr, r_ptr, c_ptr, rows_ptr, columns_ptr, dr_ptr, M, N, K, N_out,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_dym, stride_dyn, PRECISION: tl.constexpr,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_dym, stride_dyn,
+    GATHERED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """First-stage Σ dy ⊙ ((x ⊙ c) wᵀ + b) of the closed rows, whose y has lost it.
@@ -206,7 +217,7 @@ def _gated_matmul_bwd_r_kernel(
     if tl.max(closed.to(tl.int32)) > 0:
         acc = _gated_dot(
             x_ptr, w_ptr, c_ptr, columns_ptr, m, n, end, M, N, K,
-            stride_xm, stride_xk, stride_wn, stride_wk, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            stride_xm, stride_xk, stride_wn, stride_wk, GATHERED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if b_ptr is not None:
             acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -218,15 +229,15 @@ def _gated_matmul_bwd_r_kernel(
 
 @triton.jit
 def _sum_dy_rows(
-    dy_ptr, row, mask_n, M, first, step, stride_dym, stride_dyn,
+    dy_ptr, n, N, M, first, step, stride_dym, stride_dyn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Σ dy over every ``step``-th block of m: the column tiles of a row tile share it out."""
     total = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(first, tl.cdiv(M, BLOCK_M), step):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        dy_ptrs = dy_ptr + m[None, :] * stride_dym + row[:, None] * stride_dyn
-        dy = tl.load(dy_ptrs, mask=mask_n[:, None] & (m < M)[None, :], other=0.0)
+        dy_ptrs = dy_ptr + m[None, :] * stride_dym + n[:, None] * stride_dyn
+        dy = tl.load(dy_ptrs, mask=(n < N)[:, None] & (m < M)[None, :], other=0.0)
         total += tl.sum(dy.to(tl.float32), 1)
     return total
 
@@ -241,6 +252,7 @@ def _gated_matmul_bwd_w_kernel(
 ):  # fmt: skip
     """G = dyᵀ x, dw = (r cᵀ) ⊙ G, and the first-stage sums of dr, dc and db from the same tile.
 
+    dy [M, N] and x [M, K] have the kept rows and columns only, side by side.
     dr = Σₖ w ⊙ c ⊙ G + b Σ dy to dr_ptr [tiles of K, N_out], dc = Σₙ w ⊙ r ⊙ G to dc_ptr
     [tiles of N, K_in], Σ dy to db_ptr [tiles of K, N].
     """
@@ -264,8 +276,8 @@ def _gated_matmul_bwd_w_kernel(
         end = tl.where(row_open & column_open, end, 0)
     g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     m = tl.arange(0, BLOCK_M).to(tl.int64)
-    dy_ptrs = dy_ptr + m[None, :] * stride_dym + row[:, None] * stride_dyn
-    x_ptrs = x_ptr + m[:, None] * stride_xm + column[None, :] * stride_xk
+    dy_ptrs = dy_ptr + m[None, :] * stride_dym + n[:, None] * stride_dyn
+    x_ptrs = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk
     for start in range(0, end, BLOCK_M):
         inside = m < M - start
         dy = tl.load(dy_ptrs, mask=(n < N)[:, None] & inside[None, :], other=0.0)
@@ -283,7 +295,7 @@ def _gated_matmul_bwd_w_kernel(
             tl.store(dc_ptr + pid_n.to(tl.int64) * K_in + column, dc, mask=k < K)
     if dr_ptr is not None or db_ptr is not None:
         total = _sum_dy_rows(
-            dy_ptr, row, n < N, M, pid_k, tiles_k, stride_dym, stride_dyn, BLOCK_M, BLOCK_N
+            dy_ptr, n, N, M, pid_k, tiles_k, stride_dym, stride_dyn, BLOCK_M, BLOCK_N
         )
         if db_ptr is not None:
             tl.store(db_ptr + pid_k.to(tl.int64) * N + n, total, mask=n < N)
@@ -415,13 +427,16 @@ def gated_matmul_fwd(
     """
     (m, _), (n, k) = x.shape, w.shape
     n_out = n if out_features is None else out_features
+    x, gathered = _gather(x, columns)
     y = torch.empty(m, n_out, dtype=x.dtype, device=x.device)
-    tile = gemm_tile("fwd", x, m, n, k)
+    kind = "fwd_map" if columns is not None and not gathered else "fwd"
+    tile = gemm_tile(kind if rows is None else "fwd_map", x, m, n, k)
     _gated_matmul_fwd_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n),)](
         x, w, b, residual, y, r, c, gates.row_logits, gates.column_logits, gates.seed,
         rows, columns, m, n, k, n_out, *x.stride(), *w.stride(), n_out,
         0 if residual is None else residual.stride(0), *gates.scalars,
-        ROW=gates.row, COLUMN=gates.column, ACTIVATION=activation, PRECISION=precision,
+        ROW=gates.row, COLUMN=gates.column, ACTIVATION=activation, GATHERED=gathered,
+        PRECISION=precision,
         **gemm_options(tile),
     )  # fmt: skip
     return y
@@ -449,7 +464,9 @@ def gated_matmul_bwd_x(
         dx [M, K_in] and the sums [tiles, K_in], [tiles, N_out], [tiles, N]; None if not wanted.
     """
     (m, n_out), (n, k), k_in = dy.shape, w.shape, x.shape[1]
-    tile = gemm_tile("bwd_x", x, m, n, k)
+    dy, gathered = _gather(dy, rows)
+    kind = "bwd_x" if rows is None and columns is None else "bwd_x_map"
+    tile = gemm_tile(kind, x, m, n, k)
     tiles = cdiv(m, tile.m)
     dx = torch.empty(m, k_in, dtype=x.dtype, device=x.device) if wanted[0] else None
     dc = _partial(x, tiles, k_in, columns) if wanted[1] else None
@@ -458,7 +475,7 @@ def gated_matmul_bwd_x(
     _gated_matmul_bwd_x_kernel[(tiles * cdiv(k, tile.k),)](
         dy, w, x, y, r, c, rows, columns, dx, dc, dr, db, m, n, k, n_out, k_in,
         *dy.stride(), *w.stride(), *x.stride(), y.stride(0),
-        CLOSED_GRAD=closed_grad, PRECISION=precision, **gemm_options(tile),
+        CLOSED_GRAD=closed_grad, GATHERED=gathered, PRECISION=precision, **gemm_options(tile),
     )  # fmt: skip
     return dx, dc, dr, db
 
@@ -477,12 +494,15 @@ def gated_matmul_bwd_r(
 ) -> None:
     """Write the closed rows' first-stage sums into ``dr``, of `gated_matmul_bwd_x`'s row tiles."""
     (m, n_out), (n, k) = dy.shape, w.shape
-    tile = bwd_r_tile(gemm_tile("bwd_x", x, m, n, k))
+    x, gathered = _gather(x, columns)
+    kind = "bwd_x" if rows is None and columns is None else "bwd_x_map"
+    tile = bwd_r_tile(gemm_tile(kind, x, m, n, k))
     if dr.shape[0] != cdiv(m, tile.m):
         raise ValueError(f"dr must have {cdiv(m, tile.m)} tiles, got {dr.shape[0]}")
     _gated_matmul_bwd_r_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n),)](
         x, w, b, dy, r, c, rows, columns, dr, m, n, k, n_out,
-        *x.stride(), *w.stride(), *dy.stride(), PRECISION=precision, **gemm_options(tile),
+        *x.stride(), *w.stride(), *dy.stride(), GATHERED=gathered, PRECISION=precision,
+        **gemm_options(tile),
     )  # fmt: skip
 
 
@@ -510,6 +530,8 @@ def gated_matmul_bwd_w(
         dw [N, K] of w's dtype, the sums [tiles of N, K_in], [tiles of K, N_out], [tiles of K, N].
     """
     (m, n_out), (n, k), k_in = dy.shape, w.shape, x.shape[1]
+    dy, _ = _gather(dy, rows, always=True)
+    x, _ = _gather(x, columns, always=True)
     tile = gemm_tile("bwd_w", x, m, n, k)
     tiles_n, tiles_k = cdiv(n, tile.n), cdiv(k, tile.k)
     dw = torch.empty(n, k, dtype=w.dtype, device=w.device)
@@ -564,6 +586,13 @@ def gated_matmul_bwd_gates(
             DIVIDE_ROW=divide_row, DIVIDE_COLUMN=divide_column, **REDUCE, **OPTIONS,
         )  # fmt: skip
     return row_out, column_out, bias_out
+
+
+def _gather(x: Tensor, index_map: Tensor | None, always: bool = False) -> tuple[Tensor, bool]:
+    """Return x [M, kept], and whether it was gathered: few tokens are left to the GEMM's loads."""
+    if index_map is None or not (always or x.shape[0] > GATHER_ROWS):
+        return x, False
+    return norm_gather_fwd(x, index_map), True
 
 
 def _partial(x: Tensor, tiles: int, size: int, index_map: Tensor | None) -> Tensor:

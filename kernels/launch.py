@@ -20,69 +20,104 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (kernel, bits of the dtype) → per shared-memory family the tiles, largest first. Families: "large"
-# has 160 KiB a block (A100, H100, B200), "medium" 99 KiB (consumer cards), "small" 64 KiB (gfx942),
-# "interpreter" has no limit but wants few, odd programs. kernels/resources.json holds what each row
-# compiles to; tests/test_kernels_compile.py keeps the two together.
+# (kernel, bits of the dtype) → per family of devices the tiles, largest first. kernels/resources.json
+# holds what each of them compiles to; tests/test_kernels_compile.py keeps the two together.
+FAMILIES = ("hopper", "blackwell", "ampere", "consumer", "cdna", "interpreter")
 GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     ("fwd", 16): {
-        "large": (
+        "hopper": (
             Tile(128, 256, 64, 8, 3),
             Tile(128, 128, 64, 4, 4),
             Tile(64, 64, 64, 4, 4),
             Tile(16, 32, 128, 4, 5),
         ),
-        "medium": (Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
-        "small": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
-        "interpreter": (Tile(32, 64, 64, 4, 1),),
-    },
-    ("fwd", 32): {
-        "large": (Tile(64, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3)),
-        "medium": (Tile(64, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3)),
-        "small": (Tile(64, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+        "blackwell": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
+        "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
+        "cdna": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_x", 16): {
-        "large": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
-        "medium": (Tile(128, 32, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
-        "small": (Tile(128, 64, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
-        "interpreter": (Tile(32, 64, 64, 4, 1),),
-    },
-    ("bwd_x", 32): {
-        "large": (Tile(64, 32, 64, 4, 3),),
-        "medium": (Tile(64, 32, 64, 4, 3),),
-        "small": (Tile(64, 32, 64, 4, 2),),
+        "hopper": (Tile(128, 64, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "blackwell": (Tile(128, 64, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "ampere": (Tile(128, 64, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "consumer": (Tile(128, 32, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
+        "cdna": (Tile(128, 64, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_w", 16): {
-        "large": (Tile(64, 128, 256, 8, 3), Tile(64, 128, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
-        "medium": (Tile(32, 128, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
-        "small": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
+        "hopper": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "blackwell": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "ampere": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "consumer": (Tile(32, 128, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
+        "cdna": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
+    },
+    # With index maps: an address per element of what is gathered or scattered, so smaller tiles.
+    ("fwd_map", 16): {
+        "hopper": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
+        "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "consumer": (Tile(128, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
+        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x_map", 16): {
+        "hopper": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "ampere": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+        "consumer": (Tile(64, 64, 64, 4, 3),),
+        "cdna": (Tile(64, 64, 64, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    # fp32 runs on the FMA units, bit-faithful to PyTorch's default: registers set the tile.
+    ("fwd", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x_map", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_w", 32): {
-        "large": (Tile(32, 64, 64, 4, 3),),
-        "medium": (Tile(32, 64, 64, 4, 3),),
-        "small": (Tile(32, 64, 64, 4, 2),),
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
+    ("fwd_map", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
 }
+# Up to this many tokens a GEMM gathers x in its own loads; beyond, one pass makes it dense first.
+GATHER_ROWS = 64
 # (elements of a row, of a column) a program of the streaming kernels takes.
 STREAM = {"BLOCK_M": 32, "BLOCK": 256, "num_warps": 4}
 REDUCE = {"BLOCK": 64, "BLOCK_T": 32, "num_warps": 4}
+# One row, or one gate vector, a program, in chunks.
+ROW_WISE = {"BLOCK": 1024, "num_warps": 4}
 # Multiply-add contraction, Triton's default until 3.10, where it asks to be told.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def family(x: Tensor) -> str:
-    """Return the shared-memory family of x's device."""
+    """Return the column of `GEMM` for x's device."""
     if x.device.type == "cpu":
         return "interpreter"
-    properties = torch.cuda.get_device_properties(x.device)
     if torch.version.hip is not None:
-        return "small"
-    shared = properties.shared_memory_per_block_optin
-    return "large" if shared >= 160 * 1024 else "medium"
+        return "cdna"
+    properties = torch.cuda.get_device_properties(x.device)
+    if properties.shared_memory_per_block_optin < 160 * 1024:
+        return "consumer"
+    return {9: "hopper", 10: "blackwell"}.get(properties.major, "ampere")
 
 
 def processors(x: Tensor) -> int:
@@ -99,10 +134,12 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
     """
     row = GEMM[kernel, x.dtype.itemsize * 8][family(x)]
     for tile in row:
-        output = {"fwd": (m, tile.m, n, tile.n), "bwd_x": (m, tile.m, k, tile.k)}.get(
-            kernel, (n, tile.n, k, tile.k)
-        )
-        rows, block_rows, columns, block_columns = output
+        if kernel.startswith("fwd"):
+            rows, block_rows, columns, block_columns = m, tile.m, n, tile.n
+        elif kernel.startswith("bwd_x"):
+            rows, block_rows, columns, block_columns = m, tile.m, k, tile.k
+        else:
+            rows, block_rows, columns, block_columns = n, tile.n, k, tile.k
         if rows <= block_rows // 2:
             continue
         if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x):
