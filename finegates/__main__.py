@@ -7,12 +7,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, _env, ops
+from . import __version__, _env, _native, ops
 from .report import cpu_name
 
 Fact = tuple[str, Callable[[], str]]
@@ -32,8 +31,8 @@ def _lines() -> Iterator[str]:
         ("cpu", lambda: f"{cpu_name()}, {os.cpu_count()} logical cores"),
         ("torch's ISA", torch.backends.cpu.get_cpu_capability),
         ("gpu", _gpu),
-        ("native", _native),
-        ("triton", _triton),
+        ("native", _native_state),
+        ("triton", _triton_state),
     )
     # The settings of ENV.md as they hold now; FINEGATES_NO_NATIVE is read by setup.py only.
     settings: tuple[Fact, ...] = (
@@ -84,14 +83,13 @@ def _gpu() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def _native() -> str:
-    if importlib.util.find_spec("finegates._native") is None:
-        return "not in this release"
-    native = import_module("finegates._native")
-    return f"loaded, level {native.isa()}" if native.available() else str(native.reason())
+def _native_state() -> str:
+    if _native.available():
+        return f"loaded, level {_native.isa()}"
+    return str(_native.reason())
 
 
-def _triton() -> str:
+def _triton_state() -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
     interpreted = ", interpreted (TRITON_INTERPRET=1)" if _env.triton_interpret() else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +11,7 @@ from torch import Tensor, nn
 from .config import GateConfig
 from .ops import reference
 
-
-class _StraightThrough(torch.autograd.Function):
-    """1[θ > 0] with gradient 1, to closed gates only on request; NaN stays NaN, ±inf is fine."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, closed_gradient: bool) -> Tensor:
-        value = torch.heaviside(logits, torch.zeros_like(logits[:1]))
-        ctx.closed_gradient = closed_gradient
-        ctx.save_for_backward(value)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (value,) = ctx.saved_tensors
-        return gradients[0] if ctx.closed_gradient else gradients[0] * value, None
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Gate(nn.Module):
@@ -122,10 +107,12 @@ class Gate(nn.Module):
             return torch.clamp(torch.tanh(self.logits) + config.offset, 0.0, 1.0)
         if config.distribution == "hard_concrete":
             return self._stretch(torch.sigmoid(self.logits))
-        value: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            self.logits, config.closed_gradient
-        )
-        return value
+        # Not (θ > 0): a comparison would hide a NaN behind a closed gate.
+        value = self.logits.detach().clamp(0.0, 1.0).ceil()
+        # Clamped, since inf - inf is NaN: an infinite logit is a gate fixed open or closed.
+        finite = self.logits.clamp(-_LARGEST, _LARGEST)
+        slope = finite - finite.detach()
+        return value + (slope if config.closed_gradient else slope * value)
 
     def _sample(self) -> Tensor:
         config, count = self.config, self.logits.numel()

@@ -135,20 +135,20 @@ def kept(before: nn.Module, after: nn.Module, names: Sequence[str] | None = None
     Args:
         before: the dense or the gated model, for the sizes; it may be on the meta device.
         after: the pruned model, or the gated one, whose dead rows and columns count as removed.
-        names: the Linears; None takes the gated and the pruned ones of ``after``.
+        names: the Linears; None takes those that are gated in either model or pruned in ``after``.
 
     Raises:
         ValueError: a name isn't a Linear in both models, or nothing is gated or pruned.
     """
     if names is None:
+        chosen = {n for n, m in before.named_modules() if isinstance(m, FusedGatedLinear)}
         kinds = (FusedGatedLinear, PrunedLinear)
-        names = [name for name, module in after.named_modules() if isinstance(module, kinds)]
+        chosen |= {n for n, m in after.named_modules() if isinstance(m, kinds)}
+        names = [name for name, _ in after.named_modules() if name in chosen]
         if not names:
             raise ValueError("after has no gated or pruned Linear; name the Linears")
     gated = any(isinstance(module, FusedGatedLinear) for module in after.modules())
-    alive = {}
-    if gated:
-        alive = {side: int((m > 0).sum()) for side, m in GateMap(after).margins().items()}
+    alive = {side: int(a.sum()) for side, a in GateMap(after).alive().items()} if gated else {}
     layers = []
     for name in names:
         rows, columns = _shape("before", before, name)

@@ -80,6 +80,10 @@ class FusedGatedLinear(nn.Linear):
             backend=self.config.backend,
         )
 
+    def gate(self, axis: str) -> Gate | None:
+        """Return the gate of ``"row"`` or ``"column"``, None when that side has none."""
+        return self.row_gate if axis == "row" else self.column_gate
+
     def extra_repr(self) -> str:
         """Return the Linear's sizes and the gates' distribution for `repr`."""
         return f"{super().extra_repr()}, distribution={self.config.distribution!r}"

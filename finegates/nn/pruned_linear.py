@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import pack_weight, pruned_linear
+from ..ops import pruned_linear
 from ..ops.reference import ACTIVATIONS
 
 
@@ -68,7 +68,6 @@ class PrunedLinear(nn.Module):
         for name, kept in (("rows", kept_rows), ("columns", kept_columns)):
             index = None if kept is None else torch.arange(kept, dtype=torch.int32, device=device)
             self.register_buffer(name, index)
-        self._packed: tuple[Tensor, int, Tensor | None] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -168,7 +167,6 @@ class PrunedLinear(nn.Module):
             self.rows,
             self.columns,
             self.out_features,
-            packed=self._pack(),
             activation=self.activation,
             backend=self.backend,
         )
@@ -182,24 +180,6 @@ class PrunedLinear(nn.Module):
             f"activation={self.activation!r}"
         )
 
-    def _pack(self) -> Tensor | None:
-        """Return the packed weight for the CPU kernels, None where they don't serve."""
-        weight = self.weight
-        if weight.device.type != "cpu" or torch.is_grad_enabled() and weight.requires_grad:
-            return None
-        if torch.compiler.is_compiling():
-            return None
-        version = -1 if weight.is_inference() else weight._version
-        if self._packed is not None:
-            packed_from, packed_version, packed = self._packed
-            if packed_from.data_ptr() == weight.data_ptr() and packed_version == version:
-                return packed
-        # The alias keeps the storage alive, so that no other weight can get the same address.
-        alias = weight.detach()
-        packed = pack_weight(alias)
-        self._packed = (alias, version, packed)
-        return packed
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -208,9 +188,6 @@ class PrunedLinear(nn.Module):
             if indices is not None and getattr(self, name) is not None:
                 check_indices(prefix + name, indices, size)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
 
 
 def _size(name: str, size: int) -> int:

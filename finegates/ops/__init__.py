@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from . import reference, schema
-from ._cpu import pack_weight
 from .dispatch import table, use_backend
 
-__all__ = ["gated_linear", "pack_weight", "pruned_linear", "table", "use_backend"]
+__all__ = ["gated_linear", "pruned_linear", "table", "use_backend"]
 
 
 def gated_linear(
@@ -69,7 +68,6 @@ def pruned_linear(
     columns: Tensor | None = None,
     out_features: int | None = None,
     *,
-    packed: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     backend: str = "auto",
@@ -77,8 +75,8 @@ def pruned_linear(
     """y[..., rows] = act(x[..., columns] wᵀ + b), every other output exactly 0, plus the residual.
 
     Differentiable in x, w, b and the residual: with gradients wanted it runs the reference, since
-    the native kernels are for inference. Under autocast x is cast to its dtype and the weight keeps
-    its own, packed as it is.
+    the native kernels are for inference. They pack w on first use, and again when an operand has
+    changed. Under autocast x is cast to its dtype and the weight keeps its own.
 
     Args:
         x (`Tensor` [..., K]): input, any leading shape.
@@ -86,7 +84,6 @@ def pruned_linear(
         rows (`Tensor` int32 [n], *optional*): sorted kept output features, None for all.
         columns (`Tensor` int32 [k], *optional*): sorted kept input features, None for all.
         out_features: N, defaults to n.
-        packed (`Tensor` uint8): `pack_weight(w)`, made on the fly when absent.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"relu"``.
         residual (`Tensor` [..., N], *optional*): added to the result.
         backend: see `use_backend`.
@@ -119,7 +116,7 @@ def pruned_linear(
     ):
         return reference.pruned_linear(x, w, b, rows, columns, out_features, activation, residual)
     y: Tensor = schema.ops.pruned_linear.default(
-        x, w, packed, b, rows, columns, out_features, activation, residual, backend
+        x, w, b, rows, columns, out_features, activation, residual, backend
     )
     return y
 

@@ -1,23 +1,254 @@
-"""The native CPU backend (placeholder until the kernels land)."""
+"""The native CPU path: torch tensors on this side, pointers on the other.
+
+``prepare`` packs everything a pruned Linear needs into one plain uint8 tensor: weight panels,
+bias, and the kept rows and columns as bit masks, all checked once. ``pruned_linear`` runs it:
+
+    y[..., rows] = act(x[..., columns] wᵀ + bias) (+ residual), every other output exactly 0.
+
+A row's result is bitwise the same whatever the batch, its position in it and the thread count.
+This file is the only caller of ``finegates._C``. It has no autograd: the public function routes
+there only where no gradient is wanted.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from .. import _native
 
-def status() -> str | None:
-    return "extension not built"
+_C: Any = _native._C
 
-
-def why_not(*args: Any) -> str | None:
-    return status()
-
-
-def pruned_linear(*args: Any) -> Tensor:
-    raise NotImplementedError
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def pack_weight(weight: Tensor) -> Tensor | None:
+class Layout(NamedTuple):
+    """What a packed tensor says about itself."""
+
+    dtype: torch.dtype
+    n_rows: int
+    n_columns: int
+    out_features: int
+    in_features: int
+    has_bias: bool
+    has_rows: bool
+    has_columns: bool
+    bias_offset: int
+
+
+def why_not(x: Tensor, weight: Tensor | None = None) -> str | None:
+    """Return in one line why the native path cannot serve ``x`` (and ``weight``), or None."""
+    if _C is None:
+        return _native.reason()
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    if x.dtype not in _TYPES and x.dtype != torch.float16:
+        return f"x is {x.dtype}, not float32, bfloat16 or float16"
+    if weight is not None and weight.device.type != "cpu":
+        return f"weight is on {weight.device}, not on the CPU"
+    if weight is not None and weight.dtype not in _TYPES and weight.dtype != torch.uint8:
+        return f"weight is {weight.dtype}, not float32 or bfloat16"
     return None
+
+
+def _index(name: str, index: Tensor | None) -> Tensor | None:
+    """Return a contiguous int32 copy of kept indices."""
+    if index is None:
+        return None
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be a 1-D int32 tensor, got {index.dim()}-D {index.dtype}")
+    if index.dtype == torch.int64 and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < -(2**31) or high > 2**31 - 1:
+            raise ValueError(f"{name} must fit int32, got values in [{low}, {high}]")
+    return index.to(device="cpu", dtype=torch.int32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def prepare(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    out_features: int | None = None,
+    in_features: int | None = None,
+) -> Tensor:
+    """Pack a compact weight with its bias and kept indices for :func:`pruned_linear`.
+
+    Args:
+        weight (`Tensor` [n_rows, n_columns]): float32 or bfloat16; float16 becomes float32.
+        bias (`Tensor` [n_rows], *optional*): any float dtype, kept as float32.
+        rows (`Tensor` [n_rows], *optional*): strictly increasing kept outputs, None for all.
+        columns (`Tensor` [n_columns], *optional*): strictly increasing kept inputs, None for all.
+        out_features, in_features (`int`, *optional*): full sizes; default to the weight's.
+
+    Returns:
+        `Tensor` [bytes]: uint8, with a header. A plain tensor: it may be copied and moved.
+
+    Raises:
+        ValueError: a size or an index does not fit, naming which.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-D, got {weight.dim()}-D")
+    if weight.dtype == torch.float16:
+        weight = weight.float()
+    if weight.dtype not in _TYPES:
+        raise ValueError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight must be on the CPU, got {weight.device}")
+    n_rows, n_columns = weight.shape
+    weight = weight.detach().contiguous()
+    rows, columns = _index("rows", rows), _index("columns", columns)
+    for name, index, kept in (("rows", rows, n_rows), ("columns", columns, n_columns)):
+        if index is not None and index.numel() != kept:
+            raise ValueError(f"{name} has {index.numel()} entries, the weight {kept}")
+    if bias is not None:
+        if bias.shape != (n_rows,):
+            raise ValueError(f"bias must have shape ({n_rows},), got {tuple(bias.shape)}")
+        bias = bias.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    shape = (
+        _TYPES[weight.dtype],
+        n_rows,
+        n_columns,
+        n_rows if out_features is None else out_features,
+        n_columns if in_features is None else in_features,
+        (bias is not None) + 2 * (rows is not None) + 4 * (columns is not None),
+        _pointer(rows),
+        _pointer(columns),
+    )
+    packed = torch.empty(_C.packed_bytes(*shape), dtype=torch.uint8)
+    _C.pack(*shape, _pointer(weight), _pointer(bias), packed.data_ptr(), packed.numel())
+    return packed
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    """Return ``packed`` itself, or a copy where it is not 64-byte aligned and contiguous."""
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.device.type != "cpu":
+        raise ValueError(
+            f"packed must be a 1-D uint8 CPU tensor, got {packed.dim()}-D {packed.dtype} "
+            f"on {packed.device}"
+        )
+    if packed.is_contiguous() and packed.data_ptr() % 64 == 0:
+        return packed
+    return torch.empty(packed.numel(), dtype=torch.uint8).copy_(packed)
+
+
+def describe(packed: Tensor) -> Layout:
+    """Return what ``packed`` holds; ValueError if it is not from :func:`prepare`."""
+    packed = _aligned(packed)
+    d = _C.describe(packed.data_ptr(), packed.numel())
+    return Layout(
+        _DTYPES[d["type"]],
+        d["rows"],
+        d["columns"],
+        d["out_features"],
+        d["in_features"],
+        d["has_bias"],
+        d["has_rows"],
+        d["has_columns"],
+        d["bias_offset"],
+    )
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the compact weight (bit for bit), float32 bias, rows and columns of ``packed``."""
+    packed = _aligned(packed)
+    d = describe(packed)
+    weight = torch.empty(d.n_rows, d.n_columns, dtype=d.dtype)
+    rows = torch.empty(d.n_rows, dtype=torch.int32) if d.has_rows else None
+    columns = torch.empty(d.n_columns, dtype=torch.int32) if d.has_columns else None
+    _C.unpack(
+        packed.data_ptr(), packed.numel(), _pointer(weight), _pointer(rows), _pointer(columns)
+    )
+    bias = None
+    if d.has_bias:
+        end = d.bias_offset + 4 * d.n_rows
+        bias = packed[d.bias_offset : end].view(torch.float32).clone()
+    return weight, bias, rows, columns
+
+
+def pruned_linear(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return ``y[..., rows] = act(x[..., columns] wᵀ + bias) (+ residual)``, zero elsewhere.
+
+    Args:
+        x (`Tensor` [..., in_features]): float32, bfloat16 or (converted) float16.
+        packed (`Tensor` [bytes]): from :func:`prepare`.
+        out_features (`int`): the layer's full output size; checked against ``packed``.
+        activation (`str`): none, gelu, gelu_tanh, silu or relu.
+        residual (`Tensor` [..., out_features], *optional*): added everywhere, after ``act``.
+
+    Returns:
+        `Tensor` [..., out_features] with x's dtype.
+
+    Raises:
+        ValueError: an argument does not fit; TypeError: x is not a float CPU tensor.
+    """
+    kind = _TYPES.get(x.dtype)
+    if kind is None or x.device.type != "cpu":
+        return _converted(x, packed, out_features, activation, residual)
+    code = ACTIVATIONS.get(activation)
+    if code is None:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    shape = x.shape
+    k = shape[-1] if shape else 0
+    if not x.is_contiguous():
+        if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= k:
+            stride = x.stride(0)
+        else:
+            x = x.contiguous()
+            stride = k
+    else:
+        stride = k
+    out_shape = (*shape[:-1], out_features)
+    y = x.new_empty(out_shape)
+    if residual is not None:
+        if residual.shape != y.shape or residual.dtype != x.dtype or residual.device != x.device:
+            raise ValueError(
+                f"residual must be {x.dtype} {tuple(y.shape)}, "
+                f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+            )
+        residual = residual.contiguous()
+    m = 1
+    for size in shape[:-1]:
+        m *= size
+    if packed.data_ptr() % 64 or packed.dtype != torch.uint8 or not packed.is_contiguous():
+        packed = _aligned(packed)
+    _C.pruned_linear(
+        packed.data_ptr(),
+        packed.numel(),
+        x.data_ptr(),
+        m,
+        k,
+        stride,
+        kind,
+        y.data_ptr(),
+        out_features,
+        0 if residual is None else residual.data_ptr(),
+        code,
+    )
+    return y
+
+
+def _converted(
+    x: Tensor, packed: Tensor, out_features: int, activation: str, residual: Tensor | None
+) -> Tensor:
+    """Run float16 in float32; refuse everything else."""
+    if x.dtype != torch.float16 or x.device.type != "cpu":
+        raise TypeError(
+            f"x must be a float32, bfloat16 or float16 CPU tensor, got {x.dtype} on {x.device}"
+        )
+    wide = None if residual is None else residual.float()
+    return pruned_linear(x.float(), packed, out_features, activation, wide).half()

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _env
-from . import _cpu, _triton, reference
+from torch import Tensor
+
+from .. import _env, _native
+from . import _cpu, _triton, packing, reference
 
 _log = logging.getLogger("finegates")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -46,16 +48,37 @@ def _torch(run: Callable[..., Any]) -> Implementation:
     return Implementation("torch", _never_refuses, run, _never_refuses)
 
 
-def _pruned_linear_torch(
-    x: Any, w: Any, packed: Any, b: Any, rows: Any, columns: Any, *rest: Any
-) -> Any:
-    return reference.pruned_linear(x, w, b, rows, columns, *rest)
+def _native_why_not(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *_: object,
+) -> str | None:
+    if any(t is not None and t.is_inference() for t in (w, b, rows, columns)):
+        return "w, b, rows or columns was made in inference mode, where changes can't be seen"
+    return _cpu.why_not(x, w)
+
+
+def _pruned_linear_native(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    pack = packing.packed(w, b, rows, columns, out_features, x.shape[-1])
+    return _cpu.pruned_linear(x, pack, out_features, activation, residual)
 
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "pruned_linear": (
-        Implementation("native", _cpu.why_not, _cpu.pruned_linear, _cpu.status),
-        _torch(_pruned_linear_torch),
+        Implementation("native", _native_why_not, _pruned_linear_native, _native.reason),
+        _torch(reference.pruned_linear),
     ),
     "gated_linear": (
         Implementation("triton", _triton.why_not, _triton.gated_linear, _triton.status),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
 from . import dispatch, reference
@@ -18,7 +19,7 @@ _library = Library("finegates", "DEF")
 ops = torch.ops.finegates
 
 _library.define(
-    "pruned_linear(Tensor x, Tensor w, Tensor? packed, Tensor? b, Tensor? rows, Tensor? columns, "
+    "pruned_linear(Tensor x, Tensor w, Tensor? b, Tensor? rows, Tensor? columns, "
     "int out_features, str activation, Tensor? residual, str backend) -> Tensor"
 )
 _library.define(
@@ -34,7 +35,6 @@ _library.define(
 def _pruned_linear(
     x: Tensor,
     w: Tensor,
-    packed: Tensor | None,
     b: Tensor | None,
     rows: Tensor | None,
     columns: Tensor | None,
@@ -43,7 +43,7 @@ def _pruned_linear(
     residual: Tensor | None,
     backend: str,
 ) -> Tensor:
-    args = (x, w, packed, b, rows, columns, out_features, activation, residual)
+    args = (x, w, b, rows, columns, out_features, activation, residual)
     result: Tensor = dispatch.choose("pruned_linear", backend, *args).run(*args)
     return result
 
@@ -71,7 +71,7 @@ for _name, _function in (
 
 @register_fake("finegates::pruned_linear", lib=_library)  # type: ignore[untyped-decorator]
 def _pruned_linear_fake(
-    x: Tensor, w: Tensor, packed: Tensor | None, b: Tensor | None, rows: Tensor | None,
+    x: Tensor, w: Tensor, b: Tensor | None, rows: Tensor | None,
     columns: Tensor | None, out_features: int, activation: str, residual: Tensor | None,
     backend: str,
 ) -> Tensor:  # fmt: skip
@@ -104,6 +104,8 @@ def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None
     ctx.save_for_backward(x, w, b, r, c, output)
 
 
+# The backward op has no autograd of its own: a second derivative would lose terms silently.
+@once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, b, r, c, y = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])

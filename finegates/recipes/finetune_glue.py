@@ -252,8 +252,12 @@ class Finetune:
                     f"output_dir {str(self.folder)!r} holds another run; name another folder or "
                     "pass --overwrite_output_dir"
                 )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"output_dir {str(self.folder)!r} holds files that no run wrote")
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._identity(), indent=2) + "\n")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self._identity(), indent=2) + "\n")
+        os.replace(part, path)
 
 
 def _last_checkpoint(folder: Path) -> str | None:

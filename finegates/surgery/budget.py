@@ -87,9 +87,7 @@ class GateMap:
     def gate(self, side: Side) -> Gate | None:
         """Return the gate of a side, None when the side has none."""
         layer = self.layers.get(side.module)
-        if layer is None:
-            return None
-        return layer.row_gate if side.axis == "row" else layer.column_gate
+        return None if layer is None else layer.gate(side.axis)
 
     def gates(self) -> list[Gate]:
         """Return the gates with distinct logits: tied gates count once."""

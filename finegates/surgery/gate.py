@@ -11,7 +11,7 @@ from torch import nn
 from ..config import GateConfig
 from ..gates import Gate
 from ..nn import FusedGatedLinear
-from .couplings import Architecture, Side, architecture_of
+from .couplings import AXES, Architecture, Side, architecture_of
 from .record import record_gated
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,29 +86,33 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _tie(layers: dict[str, FusedGatedLinear], architecture: Architecture) -> None:
-    """Give one gate to what can only die together, and to columns that read the same input."""
+    """Give one gate to what can only die together, and to columns that read the same input.
+
+    A coupling's gate sits on one side alone, the one its units' output passes through. A closed
+    gate there kills the unit as surely as one on every side, but its partners still compute, so
+    that its gradient tells what the unit would be worth; with both sides closed it would be 0.
+    """
     for coupling in architecture.couplings:
-        _share(layers, [(side, coupling.layout(side)) for side in coupling.sides])
+        one: Gate | None = None
+        for side in coupling.sides:
+            gate = _gate(layers, side)
+            if gate is None:
+                continue
+            if one is None:
+                layout, device = coupling.layout(side), gate.logits.device
+                one = Gate(gate.size, gate.config, layout, device).train(gate.training)
+                setattr(layers[side.module], f"{side.axis}_gate", one)
+            else:
+                setattr(layers[side.module], f"{side.axis}_gate", None)
     for sides in architecture.shared_inputs:
-        _share(layers, [(side, None) for side in sides])
+        gates = [gate for side in sides if (gate := _gate(layers, side))]
+        for gate in gates[1:]:
+            gate.logits = gates[0].logits
 
 
-def _share(
-    layers: dict[str, FusedGatedLinear],
-    sides: list[tuple[Side, tuple[int, int, int, int] | None]],
-) -> None:
-    first: Gate | None = None
-    for side, layout in sides:
-        layer = layers.get(side.module)
-        gate = None if layer is None else getattr(layer, f"{side.axis}_gate")
-        if gate is None:
-            continue
-        tied = Gate(gate.size, gate.config, layout, gate.logits.device).train(gate.training)
-        if first is None:
-            first = tied
-        else:
-            tied.logits = first.logits
-        setattr(layer, f"{side.axis}_gate", tied)
+def _gate(layers: dict[str, FusedGatedLinear], side: Side) -> Gate | None:
+    layer = layers.get(side.module)
+    return None if layer is None else layer.gate(side.axis)
 
 
 def _freeze(model: nn.Module, config: GateConfig, layers: dict[str, FusedGatedLinear]) -> None:
@@ -118,6 +122,6 @@ def _freeze(model: nn.Module, config: GateConfig, layers: dict[str, FusedGatedLi
         layer.weight.requires_grad_(config.train_weight)
         if layer.bias is not None:
             layer.bias.requires_grad_(config.train_bias)
-        for gate in (layer.row_gate, layer.column_gate):
+        for gate in (layer.gate(axis) for axis in AXES):
             if gate is not None:
                 gate.logits.requires_grad_(True)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..config import GateConfig
+from ..gates import Gate
 from ..nn import PrunedLinear
 
 METHOD = "finegates"
@@ -20,18 +21,18 @@ RECORD_VERSION = 1
 
 
 def record_gated(model: nn.Module, config: GateConfig, names: Sequence[str]) -> None:
-    """Record that the named Linears carry gates of ``config``."""
-    _write(model, {"state": "gated", "gate_config": config.to_dict(), "modules": list(names)})
+    """Record that the named Linears carry gates of ``config``; the names become its patterns."""
+    for alias, owner in tied_logits(model).items():
+        gate = model.get_submodule(alias.removesuffix(".logits"))
+        # safetensors refuses aliases: save_pretrained drops the keys that a module declares here.
+        gate._tied_weights_keys = {"logits": owner}  # type: ignore[assignment]
+    gate_config = {**config.to_dict(), "modules": list(names)}
+    _write(model, {"state": "gated", "gate_config": gate_config, "modules": _pruned_layers(model)})
 
 
 def record_pruned(model: nn.Module) -> None:
     """Record the shapes of every `PrunedLinear` of the model."""
-    modules = {
-        name: layer_record(module)
-        for name, module in model.named_modules()
-        if isinstance(module, PrunedLinear)
-    }
-    _write(model, {"state": "pruned", "modules": modules})
+    _write(model, {"state": "pruned", "modules": _pruned_layers(model)})
 
 
 def layer_record(layer: PrunedLinear) -> dict[str, Any]:
@@ -44,6 +45,27 @@ def layer_record(layer: PrunedLinear) -> dict[str, Any]:
         "kept_columns": None if layer.columns is None else k,
         "bias": layer.bias is not None,
         "activation": layer.activation,
+    }
+
+
+def tied_logits(model: nn.Module) -> dict[str, str]:
+    """Return for every repeated name of shared gate logits the first name, in model order."""
+    owners: dict[int, str] = {}
+    ties = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            key = f"{name}.logits"
+            owner = owners.setdefault(id(module.logits), key)
+            if owner != key:
+                ties[key] = owner
+    return ties
+
+
+def _pruned_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: layer_record(module)
+        for name, module in model.named_modules()
+        if isinstance(module, PrunedLinear)
     }
 
 

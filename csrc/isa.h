@@ -1,0 +1,13 @@
+// Which instruction set serves this process.
+#pragma once
+
+#include "kernels.h"
+
+namespace finegates {
+
+// The best level that the build, the CPU, its operating system and FINEGATES_MAX_ISA (generic,
+// avx2, avx512, avx512bf16, neon; read once) allow. Throws std::invalid_argument on an unknown
+// level.
+const Kernels& kernels();
+
+}  // namespace finegates

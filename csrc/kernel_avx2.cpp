@@ -1,0 +1,65 @@
+// Registers of AVX2 with FMA.
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "scalar_chunks.h"
+
+namespace finegates {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  static constexpr bool kHasDot = false;
+  using F = __m256;
+
+  // 6 rows by 2 vectors: 12 accumulators, 2 weights, 1 broadcast of 16 registers.
+  static constexpr int tile_rows(Kind kind) { return kind == Kind::kWide ? 5 : 6; }
+  static constexpr int group(int rows) { return rows <= 1 ? 2 : 1; }
+  static constexpr int vecs(int rows) { return rows <= 2 ? 4 : 2; }
+  // Units summed in one chain before they join the total: 384 products.
+  static constexpr int chain(Kind kind) { return kind == Kind::kWide ? kUnits / 2 : kUnits; }
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // The second operand where either is NaN.
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static F power_of_two(F shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
+                                                _mm256_set1_epi32(0x3f800000)));
+  }
+  static F low_half(F pairs) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+  }
+  static F high_half(F pairs) {
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(0xffff0000)));
+  }
+
+  template <class In>
+  static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
+    return gather_scalar(out, in, masks, length);
+  }
+  template <class T>
+  static void expand(T* y, const float* compact, unsigned mask, int valid, const T* residual) {
+    expand_scalar(y, compact, mask, valid, residual);
+  }
+};
+
+}  // namespace
+}  // namespace finegates
+
+#include "kernel_body.h"
+
+namespace finegates {
+const Kernels kAvx2Kernels = make_kernels("avx2");
+}  // namespace finegates

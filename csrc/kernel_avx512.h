@@ -1,0 +1,116 @@
+// Registers of AVX-512 (F, BW, DQ, VL). kDot adds vdpbf16ps and VBMI2's 16-bit compress.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace finegates {
+namespace {
+
+template <bool kDot>
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  static constexpr bool kHasDot = kDot;
+  using F = __m512;
+
+  // 28 accumulators, 2 weights, 1 broadcast of 32 registers; widened weights take two more.
+  static constexpr int tile_rows(Kind kind) { return kind == Kind::kWide ? 12 : 14; }
+  // FMA takes 4 cycles and dot 6 at two a cycle: 8 to 12 accumulators at the least.
+  static constexpr int group(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1; }
+  static constexpr int vecs(int) { return 2; }
+  // Units summed in one chain before they join the total: 384 products, or pairs.
+  static constexpr int chain(Kind kind) { return kind == Kind::kWide ? kUnits / 2 : kUnits; }
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // The second operand where either is NaN.
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F power_of_two(F shifted) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23),
+                                                _mm512_set1_epi32(0x3f800000)));
+  }
+  static F low_half(F pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+  }
+  static F high_half(F pairs) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(0xffff0000)));
+  }
+#ifdef __AVX512BF16__
+  static F dot(F w, F x, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)(w), (__m512bh)(x)); }
+#endif
+
+  static F load16(const float* p, int valid) {
+    return valid >= kChunk ? _mm512_loadu_ps(p)
+                           : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << valid) - 1), p);
+  }
+  static F load16(const uint16_t* p, int valid) {
+    const __m256i half =
+        valid >= kChunk ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                        : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << valid) - 1), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static void store16(float* p, F x, int valid) {
+    if (valid >= kChunk) return _mm512_storeu_ps(p, x);
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << valid) - 1), x);
+  }
+  static void store16(uint16_t* p, F x, int valid) {
+#ifdef __AVX512BF16__
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
+    if (valid >= kChunk) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << valid) - 1), half);
+  }
+
+  // Compress in a register and store all 16 lanes: vpcompressd to memory is microcoded on Zen 4.
+  template <class In>
+  static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
+    for (; length > 0; length -= kChunk, in += kChunk, ++masks) {
+      const int valid = length < kChunk ? static_cast<int>(length) : kChunk;
+      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(*masks, load16(in, valid)));
+      out += __builtin_popcount(*masks);
+    }
+    return out;
+  }
+#ifdef __AVX512VBMI2__
+  static uint16_t* gather(uint16_t* out, const uint16_t* in, const uint16_t* masks,
+                          int64_t length) {
+    for (; length > 0; length -= 2 * kChunk, in += 2 * kChunk, masks += 2) {
+      const __mmask32 mask = masks[0] | (length > kChunk ? uint32_t{masks[1]} << 16 : 0u);
+      const __m512i x = length >= 2 * kChunk
+                            ? _mm512_loadu_si512(in)
+                            : _mm512_maskz_loadu_epi16((__mmask32{1} << length) - 1, in);
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, x));
+      out += __builtin_popcount(mask);
+    }
+    return out;
+  }
+#endif
+
+  template <class T>
+  static void expand(T* y, const float* compact, unsigned mask, int valid, const T* residual) {
+    F value = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(compact));
+    if (residual != nullptr) value = _mm512_add_ps(value, load16(residual, valid));
+    store16(y, value, valid);
+  }
+};
+
+}  // namespace
+}  // namespace finegates

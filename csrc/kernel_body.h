@@ -1,0 +1,382 @@
+// The one algorithm. An ISA file defines `Vec` (its registers) in an anonymous namespace, includes
+// this file and exports make_kernels(). Nothing here may come from std:: (a weak symbol compiled
+// with this file's flags could be picked by the linker for everybody).
+//
+// For each panel of 32 outputs, for each K block, for each tile of rows: acc = x_block * w_block
+// in registers, then c += acc, the first block starting from the bias. A result is therefore one
+// fixed chain of operations, whatever the tile's shape, the batch or the thread.
+#include "kernels.h"
+
+#define FG_INLINE inline __attribute__((always_inline))
+
+namespace finegates {
+namespace {
+
+using F = Vec::F;
+constexpr int kPanelVecs = kPanel / Vec::kLanes;
+constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
+// How far ahead of its use a weight is asked for, bytes.
+constexpr int kAhead = 2048;
+
+struct TileArgs {
+  const uint8_t* a;
+  const uint8_t* w;
+  size_t panel_bytes;
+  int64_t units;
+  float* c;
+  int64_t c_stride;
+  const float* addend;  // c itself, or the bias with stride 0 in the first K block
+  int64_t addend_stride;
+};
+
+// V is Vec, as a parameter so that levels without a dot product need not have one.
+template <Kind K, class V>
+FG_INLINE F accumulate(F w, F x, F acc) {
+  if constexpr (K == Kind::kDot) {
+    return V::dot(w, x, acc);
+  } else {
+    return V::fma(w, x, acc);
+  }
+}
+
+template <Kind K, int MR, int NP, int NV>
+FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
+                         size_t panel_bytes) {
+  constexpr int kN = NP * NV;
+  F wv[kN];
+#pragma GCC unroll 8
+  for (int j = 0; j < kN; ++j) {
+    const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
+    wv[j] = Vec::load(reinterpret_cast<const float*>(at));
+    if (j % NV * (Vec::kLanes * 4) % 64 == 0) __builtin_prefetch(at + kAhead);
+  }
+  if constexpr (K == Kind::kWide) {
+    F odd[kN];
+#pragma GCC unroll 8
+    for (int j = 0; j < kN; ++j) {
+      odd[j] = Vec::high_half(wv[j]);
+      wv[j] = Vec::low_half(wv[j]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const float* pair = reinterpret_cast<const float*>(a + r * row_stride(K));
+      const F even_x = Vec::broadcast(pair), odd_x = Vec::broadcast(pair + 1);
+#pragma GCC unroll 8
+      for (int j = 0; j < kN; ++j) acc[r][j] = Vec::fma(wv[j], even_x, acc[r][j]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kN; ++j) acc[r][j] = Vec::fma(odd[j], odd_x, acc[r][j]);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const F x = Vec::broadcast(reinterpret_cast<const float*>(a + r * row_stride(K)));
+#pragma GCC unroll 8
+      for (int j = 0; j < kN; ++j) acc[r][j] = accumulate<K, Vec>(wv[j], x, acc[r][j]);
+    }
+  }
+}
+
+// One tile: MR rows by NP panels, NV vectors of each.
+template <Kind K, int MR, int NP, int NV>
+void tile(const TileArgs& t) {
+  constexpr int kStep = row_stride(K) / kUnits;
+  F acc[MR][NP * NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NP * NV; ++j) acc[r][j] = Vec::zero();
+  }
+  const uint8_t* a = t.a;
+  const uint8_t* w = t.w;
+  int64_t left = t.units;
+  for (; left >= 4; left -= 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes);
+    }
+    a += 4 * kStep;
+    w += 4 * kUnitBytes;
+  }
+  for (; left > 0; --left) {
+    tile_step<K, MR, NP, NV>(acc, a, w, t.panel_bytes);
+    a += kStep;
+    w += kUnitBytes;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NP * NV; ++j) {
+      const int64_t at = j / NV * kPanel + j % NV * Vec::kLanes;
+      Vec::store(t.c + r * t.c_stride + at,
+                 Vec::add(acc[r][j], Vec::load(t.addend + r * t.addend_stride + at)));
+    }
+  }
+}
+
+using TileFunction = void (*)(const TileArgs&);
+
+// The shapes that serve a given number of rows.
+struct Shapes {
+  int group;             // panels of the grouped tile
+  int vecs;              // vectors of a panel in a `single` tile
+  TileFunction grouped;  // `group` whole panels
+  TileFunction single;   // `vecs` vectors of one panel
+  TileFunction narrow;   // one vector of one panel, for the end of the last panel
+};
+
+template <Kind K, int MR>
+constexpr Shapes shapes() {
+  constexpr int kGroup = Vec::group(MR);
+  constexpr int kVecs = Vec::vecs(MR);
+  return {kGroup,
+          kVecs,
+          tile < K,
+          MR,
+          kGroup,
+          kGroup == 1 ? kVecs : kPanelVecs >
+          , tile<K, MR, 1, kVecs>, tile<K, MR, 1, 1>};
+}
+
+template <Kind K>
+const Shapes& shapes_of(int64_t rows) {
+  static constexpr Shapes kTable[] = {
+      shapes<K, 1>(),
+      shapes<K, Vec::tile_rows(K) >= 2 ? 2 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 3 ? 3 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 4 ? 4 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 5 ? 5 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 6 ? 6 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 7 ? 7 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 8 ? 8 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 9 ? 9 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 10 ? 10 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 11 ? 11 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 12 ? 12 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 13 ? 13 : 1>(),
+      shapes<K, Vec::tile_rows(K) >= 14 ? 14 : 1>(),
+  };
+  return kTable[rows - 1];
+}
+
+// exp(x) for x in [-87, 88], 2 ulp: 2^n e^r with |r| <= ln(2) / 2.
+FG_INLINE F exp(F x) {
+  x = Vec::min(Vec::max(x, Vec::set(-87.0f)), Vec::set(88.0f));
+  const F shifted = Vec::fma(x, Vec::set(1.44269504f), Vec::set(12582912.0f));  // 1.5 * 2^23
+  const F n = Vec::sub(shifted, Vec::set(12582912.0f));
+  F r = Vec::fma(n, Vec::set(-0.693359375f), x);
+  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
+  F p = Vec::fma(Vec::set(1.98756915e-4f), r, Vec::set(1.39819995e-3f));
+  p = Vec::fma(p, r, Vec::set(8.33345191e-3f));
+  p = Vec::fma(p, r, Vec::set(4.16657963e-2f));
+  p = Vec::fma(p, r, Vec::set(1.66666655e-1f));
+  p = Vec::fma(p, r, Vec::set(5.00000012e-1f));
+  p = Vec::fma(p, Vec::mul(r, r), Vec::add(r, Vec::set(1.0f)));
+  return Vec::mul(p, Vec::power_of_two(shifted));
+}
+
+// x / (1 + exp(-s)); x is bounded below because exp() stops at e^88.
+FG_INLINE F times_sigmoid(F x, F s) {
+  x = Vec::max(Vec::set(-1e4f), x);
+  return Vec::div(x, Vec::add(Vec::set(1.0f), exp(Vec::sub(Vec::zero(), s))));
+}
+
+// max(x, 0) - |x| / 2 erfc(|x| / sqrt 2): no cancellation in the negative tail. erfc(z) is
+// exp(-z^2) times a polynomial in 1 / (1 + 0.4 z), least squares, absolute error 2e-10 in fp64.
+FG_INLINE F gelu(F x) {
+  const F a = Vec::min(Vec::abs(x), Vec::set(20.0f));
+  const F t = Vec::div(Vec::set(1.0f), Vec::fma(a, Vec::set(0.4f * 0.70710678f), Vec::set(1.0f)));
+  F q = Vec::fma(Vec::set(0.07794789f), t, Vec::set(-0.41015667f));
+  q = Vec::fma(q, t, Vec::set(0.71093166f));
+  q = Vec::fma(q, t, Vec::set(-0.39605272f));
+  q = Vec::fma(q, t, Vec::set(0.4169545f));
+  q = Vec::fma(q, t, Vec::set(0.13970287f));
+  q = Vec::fma(q, t, Vec::set(0.23553653f));
+  q = Vec::fma(q, t, Vec::set(0.22513595f));
+  const F e = Vec::mul(Vec::mul(q, t), exp(Vec::mul(Vec::mul(a, a), Vec::set(-0.5f))));
+  return Vec::fma(Vec::mul(a, Vec::set(-0.5f)), e, Vec::max(Vec::zero(), x));
+}
+
+FG_INLINE F gelu_tanh(F x) {
+  const F cube = Vec::mul(Vec::mul(x, x), Vec::mul(x, Vec::set(0.044715f)));
+  return times_sigmoid(x, Vec::mul(Vec::add(x, cube), Vec::set(1.59576912f)));
+}
+
+template <Activation A>
+void activate(float* c, int64_t rows, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      float* at = c + r * stride + v * Vec::kLanes;
+      const F x = Vec::load(at);
+      if constexpr (A == Activation::kGelu) Vec::store(at, gelu(x));
+      if constexpr (A == Activation::kGeluTanh) Vec::store(at, gelu_tanh(x));
+      if constexpr (A == Activation::kSilu) Vec::store(at, times_sigmoid(x, x));
+      if constexpr (A == Activation::kRelu) Vec::store(at, Vec::max(Vec::zero(), x));
+    }
+  }
+}
+
+void activate(Activation activation, float* c, int64_t rows, int64_t stride) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(c, rows, stride);
+    case Activation::kGeluTanh:
+      return activate<Activation::kGeluTanh>(c, rows, stride);
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(c, rows, stride);
+    case Activation::kRelu:
+      return activate<Activation::kRelu>(c, rows, stride);
+  }
+}
+
+// Expands one panel's results into its range of y: zeros (or the residual) between kept rows.
+template <class T>
+void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, const float* c,
+             int64_t c_stride) {
+  const Packed& p = call.layer;
+  const Segment& segment = p.row_segments[panel];
+  const Segment& next = p.row_segments[panel + 1];
+  const int64_t base = first_row * call.y_stride + segment.start * sizeof(T);
+  int64_t length = next.start - segment.start;
+  int64_t kept = 0;
+  for (uint32_t chunk = segment.chunk; chunk < next.chunk; ++chunk) {
+    const unsigned mask = p.row_masks[chunk];
+    const int valid = length < kChunk ? static_cast<int>(length) : kChunk;
+    const int64_t at = base + (chunk - segment.chunk) * kChunk * sizeof(T);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* y = reinterpret_cast<T*>(call.y + at + r * call.y_stride);
+      const T* residual = call.residual
+                              ? reinterpret_cast<const T*>(call.residual + at + r * call.y_stride)
+                              : nullptr;
+      Vec::expand(y, c + r * c_stride + kept, mask, valid, residual);
+    }
+    kept += __builtin_popcount(mask);
+    length -= kChunk;
+  }
+}
+
+void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, float* c,
+            int64_t c_stride) {
+  activate(call.activation, c, rows, c_stride);
+  if (call.type == Type::kF32) {
+    scatter<float>(call, first_row, rows, panel, c, c_stride);
+  } else {
+    scatter<uint16_t>(call, first_row, rows, panel, c, c_stride);
+  }
+}
+
+template <Kind K>
+void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
+              int64_t last_panel, const uint8_t* a, float* c) {
+  const Packed& p = call.layer;
+  const int unit = unit_length(p.type);
+  const int64_t all_units = (p.columns + unit - 1) / unit;
+  const int64_t block_units = p.block_columns / unit;
+  const int64_t tiles = (rows + Vec::tile_rows(K) - 1) / Vec::tile_rows(K);
+  constexpr int64_t kChain = Vec::chain(K);
+  for (int64_t panel = first_panel; panel < last_panel;) {
+    // Several panels at once only where a single tile holds all rows.
+    int64_t group = tiles == 1 ? shapes_of<K>(rows).group : 1;
+    if (panel + group > last_panel) group = 1;
+    // Narrower tiles at the very end of the outputs.
+    const int64_t outputs =
+        group == 1 && p.rows - panel * kPanel < kPanel ? p.rows - panel * kPanel : kPanel;
+    const int vecs = static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
+    const int64_t c_stride = group * kPanel;
+    for (int64_t block = 0; block < p.column_blocks; ++block) {
+      const int64_t first_unit = block * block_units;
+      int64_t tile_row = 0;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t tile_rows = (rows - tile_row) / (tiles - t);
+        const Shapes& shape = shapes_of<K>(tile_rows);
+        float* const tile_c = c + tile_row * c_stride;
+        const int64_t end_unit =
+            first_unit + block_units < all_units ? first_unit + block_units : all_units;
+        // At least once, also without columns: the bias still has to arrive.
+        for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
+          TileArgs args;
+          args.a = a + (block * rows + tile_row) * row_stride(K) +
+                   (unit - first_unit) * (row_stride(K) / kUnits);
+          args.w = p.panels + panel * p.panel_bytes + unit * kUnitBytes;
+          args.panel_bytes = p.panel_bytes;
+          args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
+          args.c = tile_c;
+          args.c_stride = c_stride;
+          args.addend = unit == 0 ? p.bias + panel * kPanel : tile_c;
+          args.addend_stride = unit == 0 ? 0 : c_stride;
+          if (group > 1) {
+            shape.grouped(args);
+            continue;
+          }
+          for (int v = 0; v < vecs;) {
+            const bool whole = v + shape.vecs <= vecs;
+            (whole ? shape.single : shape.narrow)(args);
+            const int done = whole ? shape.vecs : 1;
+            args.w += done * Vec::kLanes * 4;
+            args.c += done * Vec::kLanes;
+            args.addend += done * Vec::kLanes;
+            v += done;
+          }
+        }
+        if (block + 1 == p.column_blocks) {
+          for (int64_t g = 0; g < group; ++g) {
+            finish(call, first_row + tile_row, tile_rows, panel + g, tile_c + g * kPanel, c_stride);
+          }
+        }
+        tile_row += tile_rows;
+      }
+    }
+    panel += group;
+  }
+}
+
+void multiply_any(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
+                  int64_t last_panel, const uint8_t* a, float* c) {
+  switch (call.kind) {
+    case Kind::kF32:
+      return multiply<Kind::kF32>(call, first_row, rows, first_panel, last_panel, a, c);
+    case Kind::kWide:
+      return multiply<Kind::kWide>(call, first_row, rows, first_panel, last_panel, a, c);
+    case Kind::kDot:
+      if constexpr (Vec::kHasDot) {
+        return multiply<Kind::kDot>(call, first_row, rows, first_panel, last_panel, a, c);
+      }
+  }
+}
+
+// Out: fp32 operand (from fp32 or bf16 x) or bf16 operand (from bf16 x).
+template <class In, class Out>
+void gather(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
+  const Packed& p = call.layer;
+  const int stride = row_stride(call.kind);
+  for (int64_t block = 0; block < p.column_blocks; ++block) {
+    const Segment& segment = p.column_segments[block];
+    const Segment& next = p.column_segments[block + 1];
+    for (int64_t r = 0; r < rows; ++r) {
+      const In* in =
+          reinterpret_cast<const In*>(call.x + (first_row + r) * call.x_stride) + segment.start;
+      Out* out = reinterpret_cast<Out*>(a + (block * rows + r) * stride);
+      out = Vec::gather(out, in, p.column_masks + segment.chunk, next.start - segment.start);
+      // The pair of a last odd column; its weight is zero, but zero times NaN is not.
+      if (unit_length(p.type) == 2) *out = 0;
+    }
+  }
+}
+
+void gather_any(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
+  if (call.type == Type::kF32) return gather<float, float>(call, first_row, rows, a);
+  if (call.kind != Kind::kDot) return gather<uint16_t, float>(call, first_row, rows, a);
+  if constexpr (Vec::kHasDot) gather<uint16_t, uint16_t>(call, first_row, rows, a);
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          Vec::kHasDot,
+          {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot)},
+          gather_any,
+          multiply_any};
+}
+
+}  // namespace
+}  // namespace finegates

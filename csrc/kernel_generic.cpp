@@ -1,0 +1,56 @@
+// Portable level: GNU vector extensions over 128 bits, which any target lowers to what it has.
+#include "kernels.h"
+#include "scalar_chunks.h"
+
+namespace finegates {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  static constexpr bool kHasDot = false;
+  typedef float F __attribute__((vector_size(16)));
+  typedef float Loose __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef uint32_t U __attribute__((vector_size(16)));
+
+  static constexpr int tile_rows(Kind) { return 4; }
+  static constexpr int group(int) { return 1; }
+  static constexpr int vecs(int rows) { return rows <= 1 ? 8 : rows <= 2 ? 4 : 2; }
+  // Units summed in one chain before they join the total; short, as nothing is fused here.
+  static constexpr int chain(Kind) { return 64; }
+
+  static F zero() { return F{}; }
+  static F set(float x) { return F{x, x, x, x}; }
+  static F load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+  static void store(float* p, F x) { *reinterpret_cast<Loose*>(p) = x; }
+  static F broadcast(const float* p) { return set(*p); }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  // The second operand where either is NaN.
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F abs(F a) { return F(U(a) & 0x7fffffffu); }
+  static F power_of_two(F shifted) { return F((U(shifted) << 23) + 0x3f800000u); }
+  static F low_half(F pairs) { return F(U(pairs) << 16); }
+  static F high_half(F pairs) { return F(U(pairs) & 0xffff0000u); }
+
+  template <class In>
+  static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
+    return gather_scalar(out, in, masks, length);
+  }
+  template <class T>
+  static void expand(T* y, const float* compact, unsigned mask, int valid, const T* residual) {
+    expand_scalar(y, compact, mask, valid, residual);
+  }
+};
+
+}  // namespace
+}  // namespace finegates
+
+#include "kernel_body.h"
+
+namespace finegates {
+const Kernels kGenericKernels = make_kernels("generic");
+}  // namespace finegates

@@ -1,0 +1,55 @@
+// What an instruction set offers: one table, chosen once (isa.cpp).
+#pragma once
+
+#include "layout.h"
+
+namespace finegates {
+
+enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
+
+// How a tile multiplies. The operand of x is always gathered into blocks of rows with a fixed
+// stride, so every row of a tile is one displacement away.
+enum class Kind : int {
+  kF32 = 0,   // fp32 x, fp32 weight: one FMA a unit
+  kWide = 1,  // fp32 x, bf16 weight widened in registers: two FMAs a unit
+  kDot = 2,   // bf16 x, bf16 weight: one dot product of two pairs a unit
+};
+constexpr int kKinds = 3;
+
+// Bytes of one gathered row in one K block.
+constexpr int row_stride(Kind kind) { return kind == Kind::kWide ? kUnits * 8 : kUnits * 4; }
+
+struct Call {
+  Packed layer;
+  Kind kind;
+  Activation activation;
+  Type type;  // of x, residual and y
+  const uint8_t* x;
+  uint8_t* y;
+  const uint8_t* residual;  // null or shaped like y
+  int64_t x_stride;         // bytes between rows of x
+  int64_t y_stride;         // bytes between rows of y and of residual
+};
+
+struct Kernels {
+  const char* name;
+  bool has_dot;
+  int tile_rows[kKinds];  // most rows of one tile
+  // Gathers the kept columns of `rows` rows into `a`:
+  // a[(block * rows + row) * row_stride(kind)], row_tail_bytes more are overwritten.
+  void (*gather)(const Call& call, int64_t first_row, int64_t rows, uint8_t* a);
+  // y[first_row.., range of the panels] from gathered rows; `c` holds scratch_floats(rows).
+  void (*multiply)(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
+                   int64_t last_panel, const uint8_t* a, float* c);
+};
+
+constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
+constexpr int kMaxGroup = 4;      // most panels one tile covers
+
+extern const Kernels kGenericKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kNeonKernels;
+
+}  // namespace finegates

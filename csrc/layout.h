@@ -1,0 +1,88 @@
+// The packed layer: one flat buffer with a header, index tables, bias and weight panels.
+//
+// It is the only thing a call needs besides x and y. Every level of the instruction set reads the
+// same layout, so a buffer may move between processes that chose different levels.
+//
+//   Header | row Segments | row masks | column Segments | column masks | bias | panels
+//
+// Kept rows are cut into blocks of kPanel, kept columns into K blocks. A block covers the *full*
+// indices from its own start to the start of the next block, in chunks of 16 with one bit for each
+// index: kept or not. Gathering is then compress(chunk, mask), scattering expand(chunk, mask),
+// and each panel owns a range of y, zeros between its rows included.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace finegates {
+
+constexpr int kPanel = 32;   // outputs of one weight panel
+constexpr int kChunk = 16;   // full indices described by one mask
+constexpr int kUnits = 384;  // longest K block in units of 4 bytes (one fp32 or two bf16 weights)
+constexpr size_t kAlign = 64;
+
+enum class Type : uint8_t { kF32 = 0, kBf16 = 1 };
+
+inline int type_bytes(Type type) { return type == Type::kF32 ? 4 : 2; }
+inline int unit_length(Type type) { return 4 / type_bytes(type); }
+
+struct Header {
+  char magic[4];
+  uint16_t version;
+  uint8_t type;
+  uint8_t has_bias;
+  uint8_t has_rows;     // rows were given (also when they happen to be all of them)
+  uint8_t has_columns;  // columns were given
+  uint16_t reserved;
+  uint32_t rows;          // n: kept rows
+  uint32_t columns;       // k: kept columns
+  uint32_t out_features;  // y's last dimension
+  uint32_t in_features;   // x's last dimension
+  uint32_t row_blocks;
+  uint32_t column_blocks;
+  uint32_t row_chunks;
+  uint32_t column_chunks;
+  uint32_t block_columns;  // kept columns in every K block but the last
+  uint8_t padding[16];
+};
+static_assert(sizeof(Header) == 64, "the header is one cache line");
+
+struct Segment {
+  uint32_t start;  // first full index
+  uint32_t chunk;  // first mask
+};
+
+// A checked view of a packed buffer.
+struct Packed {
+  Type type;
+  bool has_bias, has_rows, has_columns;
+  int64_t rows, columns, out_features, in_features;
+  int64_t row_blocks, column_blocks, block_columns;
+  const Segment* row_segments;  // row_blocks + 1
+  const uint16_t* row_masks;
+  const Segment* column_segments;  // column_blocks + 1
+  const uint16_t* column_masks;    // one zero mask follows the last
+  const float* bias;               // row_blocks * kPanel
+  const uint8_t* panels;
+  size_t panel_bytes;
+};
+
+struct LayerShape {
+  Type type;
+  int64_t rows, columns, out_features, in_features;
+  bool has_bias;
+  bool has_rows, has_columns;  // false: all of them
+  const int32_t* row_index;
+  const int32_t* column_index;
+};
+
+// All three throw std::invalid_argument with a one-line message.
+size_t packed_bytes(const LayerShape& shape);
+void pack(const LayerShape& shape, const void* weight, const float* bias, void* buffer,
+          size_t bytes);
+Packed view(const void* buffer, size_t bytes);
+
+void unpack_weight(const Packed& packed, void* weight);
+void unpack_indices(const Packed& packed, int32_t* rows, int32_t* columns);
+
+}  // namespace finegates

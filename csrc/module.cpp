@@ -1,0 +1,97 @@
+// finegates._C: pointers in, pointers out. finegates/ops/_cpu.py is the only caller.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
+
+#include "isa.h"
+#include "layout.h"
+#include "pruned_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using finegates::Activation;
+using finegates::Type;
+
+Type type_of(int code) {
+  if (code < 0 || code > 1) throw std::invalid_argument("unknown dtype code");
+  return static_cast<Type>(code);
+}
+
+// given: bit 0 a bias, bit 1 row indices, bit 2 column indices (an empty tensor has no pointer).
+finegates::LayerShape shape_of(int type, int64_t rows, int64_t columns, int64_t out_features,
+                               int64_t in_features, int given, uintptr_t row_index,
+                               uintptr_t column_index) {
+  return {type_of(type),
+          rows,
+          columns,
+          out_features,
+          in_features,
+          (given & 1) != 0,
+          (given & 2) != 0,
+          (given & 4) != 0,
+          reinterpret_cast<const int32_t*>(row_index),
+          reinterpret_cast<const int32_t*>(column_index)};
+}
+
+size_t packed_bytes(int type, int64_t rows, int64_t columns, int64_t out_features,
+                    int64_t in_features, int given, uintptr_t row_index, uintptr_t column_index) {
+  return finegates::packed_bytes(
+      shape_of(type, rows, columns, out_features, in_features, given, row_index, column_index));
+}
+
+void pack(int type, int64_t rows, int64_t columns, int64_t out_features, int64_t in_features,
+          int given, uintptr_t row_index, uintptr_t column_index, uintptr_t weight, uintptr_t bias,
+          uintptr_t buffer, size_t bytes) {
+  finegates::pack(
+      shape_of(type, rows, columns, out_features, in_features, given, row_index, column_index),
+      reinterpret_cast<const void*>(weight), reinterpret_cast<const float*>(bias),
+      reinterpret_cast<void*>(buffer), bytes);
+}
+
+py::dict describe(uintptr_t packed, size_t bytes) {
+  const finegates::Packed p = finegates::view(reinterpret_cast<const void*>(packed), bytes);
+  py::dict out;
+  out["type"] = static_cast<int>(p.type);
+  out["rows"] = p.rows;
+  out["columns"] = p.columns;
+  out["out_features"] = p.out_features;
+  out["in_features"] = p.in_features;
+  out["has_bias"] = p.has_bias;
+  out["has_rows"] = p.has_rows;
+  out["has_columns"] = p.has_columns;
+  out["bias_offset"] = reinterpret_cast<uintptr_t>(p.bias) - packed;
+  return out;
+}
+
+void unpack(uintptr_t packed, size_t bytes, uintptr_t weight, uintptr_t rows, uintptr_t columns) {
+  const finegates::Packed p = finegates::view(reinterpret_cast<const void*>(packed), bytes);
+  finegates::unpack_weight(p, reinterpret_cast<void*>(weight));
+  finegates::unpack_indices(p, reinterpret_cast<int32_t*>(rows),
+                            reinterpret_cast<int32_t*>(columns));
+}
+
+void pruned_linear(uintptr_t packed, size_t bytes, uintptr_t x, int64_t m, int64_t in_features,
+                   int64_t x_stride, int type, uintptr_t y, int64_t out_features,
+                   uintptr_t residual, int activation) {
+  if (activation < 0 || activation > 4) throw std::invalid_argument("unknown activation code");
+  finegates::pruned_linear(
+      {reinterpret_cast<const void*>(packed), bytes, reinterpret_cast<const void*>(x), m,
+       in_features, x_stride, type_of(type), reinterpret_cast<void*>(y), out_features,
+       reinterpret_cast<const void*>(residual), static_cast<Activation>(activation)});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  finegates::kernels();  // an unknown FINEGATES_MAX_ISA fails here, once, as an import error
+  using unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def("isa", [] { return std::string(finegates::kernels().name); });
+  m.def("packed_bytes", &packed_bytes, unlocked());
+  m.def("pack", &pack, unlocked());
+  m.def("describe", &describe);
+  m.def("unpack", &unpack, unlocked());
+  m.def("pruned_linear", &pruned_linear, unlocked());
+}

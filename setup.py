@@ -1,0 +1,164 @@
+"""Build of the native module: one ninja file, one object for each instruction set.
+
+``FINEGATES_NO_NATIVE=1`` or a missing compiler gives a pure Python package that runs on PyTorch.
+``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` are honoured (a sanitizer build needs nothing else).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+PACKAGES = [
+    "finegates",
+    "finegates.nn",
+    "finegates.surgery",
+    "finegates.ops",
+    "finegates.hf",
+    "finegates.recipes",
+    "finegates.kernels",
+]
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+# Each file is compiled with what its level may use and nothing more. gcc 12 warns about its own
+# AVX-512 header (GCC bug 105593).
+ISA_FLAGS = {
+    "kernel_avx2.cpp": "-mavx2 -mfma",
+    "kernel_avx512.cpp": f"{AVX512} -Wno-uninitialized -Wno-maybe-uninitialized",
+    "kernel_avx512bf16.cpp": (
+        f"{AVX512} -mavx512vbmi2 -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized"
+    ),
+}
+ARCH_SOURCES = {
+    "x86_64": ["kernel_avx2.cpp", "kernel_avx512.cpp", "kernel_avx512bf16.cpp"],
+    "aarch64": ["kernel_neon.cpp"],
+    "arm64": ["kernel_neon.cpp"],
+}
+COMMON = ["isa.cpp", "kernel_generic.cpp", "layout.cpp", "module.cpp", "pruned_linear.cpp"]
+
+
+def sources() -> list[str]:
+    """Return the sources of this machine's levels, sorted for a reproducible build."""
+    return sorted(COMMON + ARCH_SOURCES.get(platform.machine(), []))
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler's command, or None."""
+    if "CXX" in os.environ:
+        return os.environ["CXX"]
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def no_native_reason() -> str | None:
+    """Return why no native module is built, or None."""
+    if os.environ.get("FINEGATES_NO_NATIVE", "0") not in ("", "0"):
+        return "FINEGATES_NO_NATIVE is set"
+    if sys.platform == "win32":
+        return "no native build for Windows yet"
+    command = compiler()
+    if command is None or shutil.which(shlex.split(command)[0]) is None:
+        return f"no C++ compiler found (tried {command or 'c++, g++, clang++'})"
+    return None
+
+
+def ninja_file(target: Path) -> str:
+    """Return the text of build.ninja; paths are absolute, so it runs from any folder."""
+    import pybind11
+
+    mac = sys.platform == "darwin"
+    openmp = "" if mac else "-fopenmp"
+    cflags = (
+        "-std=c++17 -O3 -fPIC -DNDEBUG -fvisibility=hidden -ffp-contract=off -Wall -Wextra "
+        f"{openmp} -I{pybind11.get_include()} -I{sysconfig.get_path('include')} "
+        f"{os.environ.get('CXXFLAGS', '')}"
+    )
+    # Hidden visibility does not reach std:: templates; the export list does.
+    exports = target.parent / ("exports.txt" if mac else "exports.map")
+    exports.write_text("_PyInit__C\n" if mac else "{ global: PyInit__C; local: *; };\n")
+    ldflags = (
+        f"-undefined dynamic_lookup -Wl,-exported_symbols_list,{exports}"
+        if mac
+        else f"-Wl,--version-script={exports} -Wl,--strip-debug"
+    )
+    lines = [
+        f"cxx = {compiler()}",
+        f"cflags = {cflags}",
+        f"ldflags = -shared {openmp} {ldflags} {os.environ.get('LDFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx $cflags $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
+        "rule link",
+        "  command = $cxx $in $ldflags -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for name in sources():
+        objects.append(str(target.parent / f"{Path(name).stem}.o"))
+        lines += [
+            f"build {objects[-1]}: compile {ROOT / 'csrc' / name}",
+            f"  isa = {ISA_FLAGS.get(name, '')}",
+        ]
+    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    return "\n".join(lines)
+
+
+def install(built: Path, target: Path) -> None:
+    """Copy under a temporary name, then rename: another process may have the old file mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(built, temporary)
+    os.replace(temporary, target)
+
+
+class NinjaBuildExt(build_ext):
+    """build_ext that leaves compiling, and knowing what is stale, to ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Run ninja in ``build/native-<platform>`` (kept between builds) and copy the module."""
+        import ninja
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        tag = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        built = folder / target.name
+        (folder / "build.ninja").write_text(ninja_file(built))
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"finegates: the native build failed ({error}); "
+                "FINEGATES_NO_NATIVE=1 installs without it"
+            ) from error
+        install(built, target)
+
+    def copy_extensions_to_source(self) -> None:
+        """Put the module beside the Python files (``--inplace`` and editable installs)."""
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            install(built, ROOT / self.get_ext_filename(ext.name))
+
+
+reason = no_native_reason()
+if reason is not None:
+    sys.stderr.write(f"finegates: building without the native module: {reason}\n")
+
+setup(
+    packages=PACKAGES,
+    ext_modules=[]
+    if reason
+    else [Extension("finegates._C", [f"csrc/{name}" for name in sources()])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)

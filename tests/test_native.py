@@ -1,0 +1,391 @@
+"""The native CPU path against fp64, at the level of the instruction set this process chose.
+
+``test_every_level`` runs this file again in a subprocess for each lower level.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from finegates import _native
+from finegates.ops import _cpu
+
+pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ACTIVATE: dict[str, Any] = {
+    "none": lambda t: t,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+LEVELS = ["generic", "avx2", "avx512", "avx512bf16"]
+
+
+def assert_close_to_reference(
+    actual: Tensor, reference: Tensor, plain: Tensor, magnitude: float = 0.0
+) -> None:
+    """Error at most twice that of plain PyTorch at the same dtype, both against fp64.
+
+    A single output may be exact in PyTorch by luck, so two roundings of ``magnitude``, the
+    largest sum of absolute products, are allowed besides.
+    """
+    assert actual.dtype == plain.dtype
+    assert actual.shape == reference.shape
+    if reference.numel() == 0:
+        return
+    error = (actual.double() - reference).abs().max().item()
+    allowed = (plain.double() - reference).abs().max().item()
+    floor = torch.finfo(actual.dtype).eps * reference.abs().max().item()
+    floor += 2 * torch.finfo(F32).eps * magnitude
+    assert error <= 2 * allowed + floor
+
+
+class Layer:
+    """A random pruned layer, its packed form and its two references."""
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        n_rows: int | None = None,
+        n_columns: int | None = None,
+        dtype: torch.dtype = F32,
+        bias: bool = True,
+        seed: int = 0,
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.out_features, self.in_features = out_features, in_features
+        self.rows = self._kept(out_features, n_rows, g)
+        self.columns = self._kept(in_features, n_columns, g)
+        n = out_features if n_rows is None else n_rows
+        k = in_features if n_columns is None else n_columns
+        self.weight = (torch.randn(n, k, generator=g) / max(1, k) ** 0.5).to(dtype)
+        self.bias = torch.randn(n, generator=g) if bias else None
+        self.packed = _cpu.prepare(
+            self.weight, self.bias, self.rows, self.columns, out_features, in_features
+        )
+
+    @staticmethod
+    def _kept(full: int, kept: int | None, g: torch.Generator) -> Tensor | None:
+        if kept is None:
+            return None
+        return torch.randperm(full, generator=g)[:kept].sort().values.int()
+
+    def run(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        return _cpu.pruned_linear(x, self.packed, self.out_features, activation, residual)
+
+    def expected(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The formula in plain PyTorch at ``dtype``."""
+        kept = x if self.columns is None else x.index_select(-1, self.columns)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        z = ACTIVATE[activation](F.linear(kept.to(dtype), self.weight.to(dtype), bias))
+        y = torch.zeros(*x.shape[:-1], self.out_features, dtype=dtype)
+        if self.rows is None:
+            y = z
+        else:
+            y.index_copy_(-1, self.rows.long(), z)
+        return y if residual is None else y + residual.to(dtype)
+
+    def magnitude(self, x: Tensor) -> float:
+        kept = x if self.columns is None else x.index_select(-1, self.columns)
+        sums = F.linear(kept.double().abs(), self.weight.double().abs())
+        largest = sums.max().item() if sums.numel() else 0.0
+        return largest + (0.0 if self.bias is None else 4.0)
+
+    def check(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        y = self.run(x, activation, residual)
+        assert_close_to_reference(
+            y,
+            self.expected(x, torch.float64, activation, residual),
+            self.expected(x, x.dtype, activation, residual),
+            self.magnitude(x),
+        )
+        if self.rows is not None and residual is None:
+            removed = torch.ones(self.out_features, dtype=torch.bool)
+            removed[self.rows.long()] = False
+            assert (y[..., removed] == 0).all()
+        return y
+
+
+def random(*shape: int, dtype: torch.dtype = F32, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs start as NaN, so an element nobody writes cannot pass."""
+    original = Tensor.new_empty
+
+    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = original(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+
+SHAPES = [  # out, in, kept rows, kept columns
+    pytest.param(768, 768, 595, 595, id="768x768"),
+    pytest.param(100, 90, 77, 61, id="100x90"),
+    pytest.param(40, 900, 31, 801, id="several-K-blocks"),
+    pytest.param(1000, 50, 3, 2, id="sparse"),
+    pytest.param(33, 17, None, 9, id="all-rows"),
+    pytest.param(33, 17, 5, None, id="all-columns"),
+    pytest.param(129, 65, None, None, id="dense"),
+    pytest.param(1, 1, 1, 1, id="one"),
+]
+
+
+@pytest.mark.parametrize("weight_dtype", [F32, BF16], ids=["w32", "w16"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["x32", "x16", "xhalf"])
+@pytest.mark.parametrize(("n", "k", "rows", "columns"), SHAPES)
+def test_matches_reference(
+    n: int,
+    k: int,
+    rows: int | None,
+    columns: int | None,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> None:
+    layer = Layer(n, k, rows, columns, weight_dtype)
+    for m in (1, 2, 3, 4, 5, 7, 12, 13, 15, 29, 64):
+        layer.check(random(m, k, dtype=dtype))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", list(ACTIVATE))
+def test_epilogues(activation: str, dtype: torch.dtype, with_residual: bool) -> None:
+    layer = Layer(97, 65, 71, 43, dtype)
+    x = random(19, 65, dtype=dtype) * 3
+    layer.check(x, activation, random(19, 97, dtype=dtype) if with_residual else None)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATE))
+def test_activation_extremes(activation: str) -> None:
+    values = torch.tensor([0.0, -0.0, 1e-30, 50.0, -50.0, 1e4, -1e4, 87.5, -87.5, 1e30, -1e30])
+    one = _cpu.prepare(torch.ones(1, 1))
+    y = _cpu.pruned_linear(values[:, None], one, 1, activation)[:, 0]
+    reference = ACTIVATE[activation](values.double())
+    torch.testing.assert_close(y.double(), reference, rtol=1e-6, atol=1e-30)
+
+
+def test_leading_shapes_and_strides() -> None:
+    layer = Layer(50, 40, 33, 29)
+    x = random(2, 3, 5, 40)
+    y = layer.check(x)
+    assert torch.equal(y.reshape(-1, 50), layer.run(x.reshape(-1, 40)))
+    assert torch.equal(layer.run(x[0, 0, 0]), y[0, 0, 0])
+    wide = random(7, 100)
+    for view in (wide[:, 3:43], wide[::2, 3:43], wide[:, ::2][:, :40], random(40, 7).t()):
+        assert torch.equal(layer.run(view), layer.run(view.contiguous()))
+    assert torch.equal(layer.run(x[0, 0, :1].expand(4, 40))[3], y[0, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_empty(dtype: torch.dtype) -> None:
+    assert Layer(9, 7, 5, 3, dtype).run(random(0, 7, dtype=dtype)).shape == (0, 9)
+    assert Layer(9, 7, 5, 3, dtype).run(random(2, 0, 7, dtype=dtype)).shape == (2, 0, 9)
+    x = random(3, 7, dtype=dtype)
+    assert torch.equal(Layer(9, 7, 0, 3, dtype).run(x), torch.zeros(3, 9, dtype=dtype))
+    residual = random(3, 9, dtype=dtype)
+    assert torch.equal(Layer(9, 7, 0, 3, dtype).run(x, "none", residual), residual)
+    Layer(9, 7, 5, 0, dtype).check(x)
+    assert Layer(0, 7, None, 3, dtype).run(x).shape == (3, 0)
+    Layer(4, 0, 3, None, dtype).check(torch.empty(3, 0, dtype=dtype))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight_dtype", [F32, BF16], ids=["w32", "w16"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
+def test_removed_columns_do_not_leak(
+    dtype: torch.dtype, weight_dtype: torch.dtype, bad: float
+) -> None:
+    layer = Layer(70, 61, 51, 45, weight_dtype)
+    assert layer.columns is not None
+    removed = torch.ones(61, dtype=torch.bool)
+    removed[layer.columns.long()] = False
+    clean = random(17, 61, dtype=dtype)
+    clean[:, removed] = 0
+    dirty = clean.clone()
+    dirty[:, removed] = bad
+    assert torch.equal(layer.run(dirty), layer.run(clean))
+    dirty[3, layer.columns[7].item()] = bad
+    y = layer.run(dirty)
+    assert layer.rows is not None
+    assert not y[3, layer.rows.long()].isfinite().any()
+    assert y[4].isfinite().all()
+
+
+@pytest.mark.parametrize("weight_dtype", [F32, BF16], ids=["w32", "w16"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
+def test_bitwise_for_any_batch_position_and_threads(
+    dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    layer = Layer(300, 900, 233, 697, weight_dtype)
+    x = random(67, 900, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = layer.run(x, "gelu")
+        for m in range(1, 67):
+            assert torch.equal(layer.run(x[67 - m :], "gelu"), whole[67 - m :])
+        for threads in (2, 3, 4):
+            torch.set_num_threads(threads)
+            for _ in range(5):
+                assert torch.equal(layer.run(x, "gelu"), whole)
+            assert torch.equal(layer.run(x[5:6], "gelu"), whole[5:6])
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 150), label="out_features")
+    k = data.draw(st.integers(1, 150), label="in_features")
+    rows = data.draw(st.none() | st.integers(0, n), label="rows")
+    columns = data.draw(st.none() | st.integers(0, k), label="columns")
+    m = data.draw(st.integers(0, 40), label="m")
+    dtype = data.draw(st.sampled_from([F32, BF16]), label="dtype")
+    weight_dtype = data.draw(st.sampled_from([F32, BF16]), label="weight dtype")
+    bias = data.draw(st.booleans(), label="bias")
+    seed = data.draw(st.integers(0, 1000), label="seed")
+    layer = Layer(n, k, rows, columns, weight_dtype, bias, seed)
+    layer.check(random(m, k, dtype=dtype, seed=seed))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("n", "k", "rows", "columns"), SHAPES)
+def test_unpack_is_exact(
+    n: int, k: int, rows: int | None, columns: int | None, dtype: torch.dtype
+) -> None:
+    layer = Layer(n, k, rows, columns, dtype)
+    weight, bias, kept_rows, kept_columns = _cpu.unpack(layer.packed.clone())
+    assert weight.dtype == dtype
+    assert torch.equal(weight, layer.weight)
+    assert bias is not None
+    assert torch.equal(bias, layer.bias)
+    for got, want in ((kept_rows, layer.rows), (kept_columns, layer.columns)):
+        assert (got is None) == (want is None)
+        assert got is None or torch.equal(got, want)
+    assert _cpu.describe(layer.packed)[1:5] == (*layer.weight.shape, n, k)
+
+
+def test_packed_memory_is_small() -> None:
+    layer = Layer(2048, 2048, 1587, 1587, BF16)
+    assert layer.packed.numel() <= 1.05 * 2 * layer.weight.numel()
+
+
+def test_moved_and_misaligned_packed_tensors() -> None:
+    layer = Layer(50, 40, 33, 29)
+    x = random(3, 40)
+    want = layer.run(x)
+    shifted = torch.empty(layer.packed.numel() + 1, dtype=torch.uint8)[1:]
+    shifted.copy_(layer.packed)
+    strided = torch.empty(layer.packed.numel(), 2, dtype=torch.uint8)[:, 0]
+    strided.copy_(layer.packed)
+    for packed in (layer.packed.clone(), shifted, strided):
+        assert torch.equal(_cpu.pruned_linear(x, packed, 50), want)
+
+
+def test_bad_arguments_are_value_errors() -> None:
+    layer = Layer(50, 40, 33, 29)
+    x = random(3, 40)
+    packed = layer.packed
+    with pytest.raises(ValueError, match="last dimension 39"):
+        _cpu.pruned_linear(x[:, :39], packed, 50)
+    with pytest.raises(ValueError, match="out_features is 51"):
+        _cpu.pruned_linear(x, packed, 51)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        _cpu.pruned_linear(x, packed, 50, "tanh")
+    with pytest.raises(ValueError, match="residual must be"):
+        _cpu.pruned_linear(x, packed, 50, "none", random(3, 40))
+    with pytest.raises(ValueError, match="packed"):
+        _cpu.pruned_linear(x, packed.float(), 50)
+    with pytest.raises(ValueError, match="no finegates header"):
+        _cpu.pruned_linear(x, torch.zeros_like(packed), 50)
+    with pytest.raises(ValueError, match="header asks for"):
+        _cpu.pruned_linear(x, packed[:-64], 50)
+    with pytest.raises(ValueError, match="too short"):
+        _cpu.pruned_linear(x, packed[:0], 50)
+    with pytest.raises(TypeError, match="float64"):
+        _cpu.pruned_linear(x.double(), packed, 50)
+    with pytest.raises(ValueError, match="last dimension 0"):
+        _cpu.pruned_linear(torch.tensor(1.0), packed, 50)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0, 2, 2], "strictly increasing"),
+        ([0, 3, 2], "strictly increasing"),
+        ([0, 2, 5], r"rows\[2\] = 5 is outside"),
+        ([-1, 2, 3], r"rows\[0\] = -1 is outside"),
+        ([0, 1], "rows has 2 entries"),
+    ],
+)
+def test_bad_indices_are_value_errors(rows: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _cpu.prepare(torch.ones(3, 4), None, torch.tensor(rows), None, 5, 4)
+
+
+def test_damaged_tables_are_value_errors() -> None:
+    """Every bit of header and index tables may flip: a ValueError or, never, a crash."""
+    layer = Layer(60, 50, 40, 30)
+    x = random(2, 50)
+    tables = 64 + 8 * 3 + 2 * 6 + 8 * 2 + 2 * 5
+    for byte in range(tables):
+        for bit in range(8):
+            packed = layer.packed.clone()
+            packed[byte] ^= 1 << bit
+            try:
+                _cpu.pruned_linear(x, packed, 60)
+            except ValueError:
+                continue
+
+
+def test_shares_torch_openmp() -> None:
+    Layer(64, 64).run(random(64, 64))
+    torch.mm(random(64, 64), random(64, 64))
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
+    assert len(runtimes) == 1
+
+
+@pytest.mark.skipif("FINEGATES_MAX_ISA" in os.environ, reason="this is a forced run already")
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level(level: str) -> None:
+    """The whole file again with the instruction set capped."""
+    if LEVELS.index(level) >= LEVELS.index(_native.isa()):
+        pytest.skip("this level is the one in use, or the CPU lacks it")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "FINEGATES_MAX_ISA": level, "EXPECTED_ISA": level},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.skipif("EXPECTED_ISA" not in os.environ, reason="only in a forced run")
+def test_forced_level_is_in_use() -> None:
+    assert _native.isa() == os.environ["EXPECTED_ISA"]
