@@ -61,7 +61,9 @@ def gate_tile(
                 u = tl.minimum(tl.maximum(u, 1e-6), 1.0 - 1e-6)
                 theta = (tl.log(u) - tl.log(1.0 - u) + theta) / tl.to_tensor(beta).to(tl.float32)
             z = shift + scale * tl.sigmoid(theta)
-        z = tl.where(mask, tl.minimum(tl.maximum(z, 0.0), 1.0), 0.0)
+        z = tl.minimum(tl.maximum(z, 0.0), 1.0)
+        # A NaN logit gives a NaN gate: maximum would make it a closed one. Masked loads give 0.
+        z = tl.where(mask, tl.where(theta == theta, z, theta), 0.0)
     return z
 
 
@@ -95,11 +97,7 @@ def gate_derivative(
 @triton.jit
 def feature_of(map_ptr, position, mask):
     """Return the features at ``position``: read from the index map, the position itself without."""
-    if map_ptr is None:
-        feature = position
-    else:
-        feature = tl.load(map_ptr + position, mask=mask, other=0)
-    return feature
+    return position if map_ptr is None else tl.load(map_ptr + position, mask=mask, other=0)
 
 
 @triton.jit

@@ -20,8 +20,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (kernel, bits of the dtype) → per family of devices the tiles, largest first. kernels/resources.json
-# holds what each of them compiles to; tests/test_kernels_compile.py keeps the two together.
+# (kernel, bits of the dtype) → per family of devices the tiles, largest first. resources.json holds
+# what each of them compiles to; tests/test_kernels_compile.py keeps the two together.
 FAMILIES = ("hopper", "blackwell", "ampere", "consumer", "cdna", "interpreter")
 GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     ("fwd", 16): {

@@ -1,9 +1,10 @@
-"""The Triton backend: why it can or can't serve a call, and the calls into ``finegates.kernels``."""
+"""The Triton backend: why it can or can't serve a call, and its calls of the kernels."""
 
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -59,7 +60,11 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
     reason = status()
     if reason is not None:
         return reason
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] < 8:
+    if (
+        x.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device)[0] < 8
+    ):
         return "the kernels need compute capability 8.0 or later"
     launch = _kernels().launch
     if x.dtype not in launch.DTYPES:
@@ -71,7 +76,7 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
             continue
         if tensor.device != x.device:
             return f"operands are on {x.device} and {tensor.device}"
-        if max((tensor.numel() // max(tensor.shape[-1], 1), tensor.shape[-1])) > launch.MAX_SIZE:
+        if max(math.prod(tensor.shape[:-1]), tensor.shape[-1]) > launch.MAX_SIZE:
             return f"a size is above {launch.MAX_SIZE}"
     return None
 
@@ -84,24 +89,14 @@ def _same_dtype(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 def _flat(t: Tensor) -> Tensor:
-    """Return t as a matrix, its leading dimensions merged; copied only if strides don't allow it."""
-    return t.reshape(t.numel() // t.shape[-1] if t.shape[-1] else _leading(t), t.shape[-1])
-
-
-def _leading(t: Tensor) -> int:
-    count = 1
-    for size in t.shape[:-1]:
-        count *= size
-    return count
+    """Return t as a matrix, leading dimensions merged; copied only if strides ask for it."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _precision(x: Tensor) -> str:
     """Return how fp32 products are taken: as torch's own, tf32 only where the user allowed it."""
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
-
-
-# --- gated_linear: gate values given --------------------------------------------------------------
 
 
 def why_not(
@@ -153,9 +148,6 @@ def _value_gates(w: Tensor, r: Tensor | None, c: Tensor | None) -> Any:
         row_layout=(n, n),
         column_layout=(k, k),
     )
-
-
-# --- gated_matmul: gates sampled in the kernel ----------------------------------------------------
 
 
 def fused_why_not(x: Tensor, w: Tensor, *rest: Any) -> str | None:
@@ -267,7 +259,7 @@ def gated_matmul_fused(
     beta: float,
     closed_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample and multiply in one launch; a compact weight has open gates only, so none to sample."""
+    """Sample and multiply in one launch; a compact weight's gates are all open: none to sample."""
     kernels, none = _kernels(), x.new_empty(0, dtype=torch.float32)
     if rows is not None or columns is not None:
         gates, r, c = kernels.gated.Gates(), None, None
@@ -415,7 +407,7 @@ def _fused_gradients(
     closed_grad: bool,
     closed_row_grad: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw, db and the gradients of both sides, by the fewest kernels that give what is wanted."""
+    """dx, dw, db and both sides' gradients, by the fewest kernels that give what is wanted."""
     gated, precision = _kernels().gated, _precision(x)
     dy2, x2, y2 = _flat(dy), _flat(x), _flat(y)
     if y2.stride(1) != 1:
@@ -434,34 +426,17 @@ def _fused_gradients(
             dy2, x2, w, b, r, c, (wants_column, wants_row, wants_bias), **maps,
             closed_grad=closed_grad, precision=precision,
         )  # fmt: skip
-    elif mask[0] or wants_column or rows is not None:
+    else:
         dx, dc, dr, db = gated.gated_matmul_bwd_x(
             dy2, w, x2, y2, r, c, (mask[0], wants_column, wants_row, wants_bias), **maps,
             closed_grad=closed_grad, precision=precision,
         )  # fmt: skip
-    else:
-        dr, _, db = _kernels().fold.fold_bwd(dy2, y2, x2, None, (wants_row, False, wants_bias))
-    if wants_row and closed_row_grad and not mask[1] and r is not None:
-        dr = _with_closed_rows(dr, dy2, x2, w, b, r, c, precision)
+        if wants_row and closed_row_grad:
+            gated.gated_matmul_bwd_r(x2, w, b, dy2, r, c, dr, **maps, precision=precision)
     drow, dcolumn, dbias = gated.gated_matmul_bwd_gates(
         dr, dc, db, r, c, b, gates, divide_row=not mask[1], rows=rows, closed_grad=closed_grad
     )
     return None if dx is None else dx.view(x.shape), dw, dbias, drow, dcolumn
-
-
-def _with_closed_rows(
-    dr: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    r: Tensor,
-    c: Tensor | None,
-    precision: str,
-) -> Tensor:
-    """Add the sums of rows with r = 0, whose y is 0, as further first-stage tiles."""
-    closed: Tensor = _kernels().gated.gated_matmul_bwd_r(x, w, b, dy, r, c, precision=precision)
-    return torch.cat((dr, closed))
 
 
 def _filled(grads: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:
@@ -469,12 +444,7 @@ def _filled(grads: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-# --- pruned_linear, norm_gather, open_mass --------------------------------------------------------
-
-
-def pruned_why_not(
-    x: Tensor, w: Tensor, packed: Tensor | None, b: Tensor | None, *rest: Any
-) -> str | None:
+def pruned_why_not(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> str | None:
     """Return why `pruned_linear` can't run on Triton, or None."""
     return _refusal(x, w, b, *rest[:2]) or _same_dtype(x, w, b, rest[4])
 
@@ -482,7 +452,6 @@ def pruned_why_not(
 def pruned_linear(
     x: Tensor,
     w: Tensor,
-    packed: Tensor | None,
     b: Tensor | None,
     rows: Tensor | None,
     columns: Tensor | None,

@@ -180,6 +180,8 @@ def gate(
     - gaussian: clamp(tanh θ + shift + scale ε, 0, 1)
     - hard_concrete: clamp(shift + scale sigmoid((logit u + θ) / beta), 0, 1); beta is 1 without u
 
+    A NaN logit gives a NaN gate.
+
     Args:
         logits (`Tensor` fp32 [units]): θ.
         seed (`Tensor` int64 [1]): of the noise; None for the value without noise.
@@ -187,7 +189,7 @@ def gate(
         size: number of features.
     """
     if distribution == "ranking":
-        z = (logits > 0).to(logits.dtype)
+        z = logits.clamp(0.0, 1.0).ceil()  # keeps a NaN, which a comparison would hide
     elif distribution == "gaussian":
         z = torch.tanh(logits) + shift
         if seed is not None:
@@ -297,7 +299,7 @@ def norm_gather(
         x (`Tensor` [..., K]): statistics run over all K features, in fp32.
         columns (`Tensor` int32 [k]): kept features.
         weight, bias (`Tensor` [K]): of the norm.
-        norm: ``"rms"`` (x / √(mean x² + eps)), ``"layer"`` ((x - mean) / √(var + eps)) or ``"none"``.
+        norm: ``"rms"``: x / √(mean x² + eps), ``"layer"``: (x - mean) / √(var + eps), ``"none"``.
 
     Returns:
         `Tensor` [..., k] of x's dtype.
@@ -313,3 +315,111 @@ def norm_gather(
     if bias is not None:
         y = y + bias[columns]
     return y.to(x.dtype)
+
+
+def gated_matmul(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    row_logits: Tensor | None,
+    column_logits: Tensor | None,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    row_layout: list[int],
+    column_layout: list[int],
+    distribution: str,
+    shift: float,
+    scale: float,
+    beta: float,
+    closed_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_linear` with gates sampled from logits, or the compact Linear of open ranking gates.
+
+    Returns:
+        y [..., N] and the gates r [N], c [K] in fp32; empty where a side has no logits, and for a
+        compact weight.
+    """
+    r = c = None
+    if rows is not None or columns is not None:
+        y = pruned_linear(x, w, b, rows, columns, out_features)
+    else:
+        keys = (None, None) if seed is None else (seed[:1], seed[1:])
+        constants = (distribution, shift, scale, beta)
+        if row_logits is not None:
+            r = gate(row_logits, keys[0], row_layout, out_features, *constants)
+        if column_logits is not None:
+            c = gate(column_logits, keys[1], column_layout, x.shape[-1], *constants)
+        y = gated_linear(x, w, b, _cast(r, w), _cast(c, w))
+    r, c = (x.new_empty(0, dtype=torch.float32) if z is None else z for z in (r, c))
+    return y, r, c
+
+
+def _cast(z: Tensor | None, w: Tensor) -> Tensor | None:
+    return None if z is None else z.to(w.dtype)
+
+
+def gated_matmul_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    row_logits: Tensor | None,
+    column_logits: Tensor | None,
+    noise: bool,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    y: Tensor,
+    r: Tensor,
+    c: Tensor,
+    row_layout: list[int],
+    column_layout: list[int],
+    distribution: str,
+    shift: float,
+    scale: float,
+    beta: float,
+    closed_grad: bool,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gated_matmul`: `gated_linear_backward`, then dz/dθ from the values alone.
+
+    A compact weight takes dy and x at the open features; closed units get none.
+
+    Returns:
+        dx, dw, db, drow_logits, dcolumn_logits; what ``mask`` doesn't want is empty.
+    """
+    compact = rows is not None or columns is not None
+    if compact:
+        r, c = torch.ones(dy.shape[-1]), torch.ones(x.shape[-1])
+        r, c = r.to(w.device), c.to(w.device)
+    kept_rows = slice(None) if rows is None else rows.long()
+    kept_columns = slice(None) if columns is None else columns.long()
+    dx, dw, db, dr, dc = gated_linear_backward(
+        dy[..., kept_rows],
+        x[..., kept_columns],
+        w,
+        b,
+        None if row_logits is None else r[kept_rows].to(w.dtype),
+        None if column_logits is None else c[kept_columns].to(w.dtype),
+        y[..., kept_rows],
+        closed_grad,
+        mask,
+    )
+    if mask[0]:
+        dx = _spread(dx, columns, x.shape[-1])
+    constants = (distribution, shift, scale, beta, closed_grad or compact)
+    if row_logits is not None and mask[3]:
+        dr = _spread(dr, rows, dy.shape[-1])
+        dr = gate_logit_gradient(dr, r, row_logits, noise, row_layout, *constants)
+    if column_logits is not None and mask[4]:
+        dc = _spread(dc, columns, x.shape[-1])
+        dc = gate_logit_gradient(dc, c, column_logits, noise, column_layout, *constants)
+    return dx, dw, db, dr, dc
+
+
+def _spread(kept: Tensor, index_map: Tensor | None, size: int) -> Tensor:
+    """Put the kept features into their places among zeros."""
+    if index_map is None:
+        return kept
+    return kept.new_zeros(*kept.shape[:-1], size).index_copy(-1, index_map.long(), kept)

@@ -14,7 +14,8 @@ from torch.library import register_fake
 
 from . import dispatch, reference
 from .checks import autocasts, check_dtype, check_matrix, check_vector
-from .schema import library, ops
+from .schema import _library as library
+from .schema import ops
 
 DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
 NORMS = ("none", "rms", "layer")
