@@ -157,6 +157,12 @@ def fill_gaps(
 
 
 @triton.jit
+def tile_count(size, BLOCK: tl.constexpr):
+    """Return ⌈size / BLOCK⌉, at least 1: as many tiles as the launch has, for nothing too."""
+    return tl.maximum(tl.cdiv(size, BLOCK), 1)
+
+
+@triton.jit
 def tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Return the (m, n) tile of program ``pid``, in bands of ``GROUP_M`` row tiles.
 

@@ -19,6 +19,7 @@ from .gate import (
     fill_gate,
     gate_derivative,
     gate_tile,
+    tile_count,
     tile_order,
 )
 from .launch import GATHER_ROWS, OPTIONS, REDUCE, Tile, cdiv, gemm_options, gemm_tile
@@ -65,8 +66,8 @@ def _gated_matmul_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    tiles_n = tl.maximum(tl.cdiv(N, BLOCK_N), 1)
-    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    tiles_n = tile_count(N, BLOCK_N)
+    pid_m, pid_n = tile_order(tl.program_id(0), tile_count(M, BLOCK_M), tiles_n, GROUP_M)
     m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = K
@@ -145,8 +146,8 @@ def _gated_matmul_bwd_x_kernel(
     `_gated_matmul_bwd_gates_kernel` adds in a fixed order. With ``GATHERED`` dy has the kept rows
     only, side by side, while y has all.
     """
-    tiles_k = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
-    pid_m, pid_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_k, GROUP_M)
+    tiles_k = tile_count(K, BLOCK_K)
+    pid_m, pid_k = tile_order(tl.program_id(0), tile_count(M, BLOCK_M), tiles_k, GROUP_M)
     m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = feature_of(columns_ptr, k, k < K)
@@ -178,8 +179,10 @@ def _gated_matmul_bwd_x_kernel(
 
     mask = (m < M)[:, None] & (k < K)[None, :]
     if dc_ptr is not None:
+        # Without a step of the loop u is 0, and x need not be loaded.
+        x_mask = (m < tl.where(end > 0, M, 0))[:, None] & (k < K)[None, :]
         x_ptrs = x_ptr + m[:, None] * stride_xm + column[None, :] * stride_xk
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(tl.float32)
         tl.store(dc_ptr + pid_m.to(tl.int64) * K_in + column, tl.sum(x * u, 0), mask=k < K)
     if dx_ptr is not None:
         if c_ptr is not None:
@@ -206,7 +209,8 @@ def _gated_matmul_bwd_r_kernel(
 
     Tiles without a closed row load nothing; entries of open rows are left as they are.
     """
-    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tiles_n = tile_count(N, BLOCK_N)
+    pid_m, pid_n = tile_order(tl.program_id(0), tile_count(M, BLOCK_M), tiles_n, GROUP_M)
     m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = feature_of(rows_ptr, n, n < N)
@@ -257,8 +261,8 @@ def _gated_matmul_bwd_w_kernel(
     dr = Σₖ w ⊙ c ⊙ G + b Σ dy to dr_ptr [tiles of K, N_out], dc = Σₙ w ⊙ r ⊙ G to dc_ptr
     [tiles of N, K_in], Σ dy to db_ptr [tiles of K, N].
     """
-    tiles_k = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
-    pid_n, pid_k = tile_order(tl.program_id(0), tl.cdiv(N, BLOCK_N), tiles_k, GROUP_M)
+    tiles_k = tile_count(K, BLOCK_K)
+    pid_n, pid_k = tile_order(tl.program_id(0), tile_count(N, BLOCK_N), tiles_k, GROUP_M)
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     row = feature_of(rows_ptr, n, n < N)
@@ -343,7 +347,8 @@ def _gate_gradient(
             d = d / tl.where(z == 0.0, 1.0, z)
         if DISTRIBUTION != "value":
             theta = tl.load(logits_ptr + unit, mask=mask, other=0.0)
-            d *= gate_derivative(z, theta, shift, scale, beta, DISTRIBUTION, NOISE, CLOSED_GRAD)
+            slope = gate_derivative(z, theta, shift, scale, beta, DISTRIBUTION, NOISE, CLOSED_GRAD)
+            d = tl.where(slope == 0.0, 0.0, d * slope)  # a clamped gate passes no NaN on
         gradient += d
     tl.store(out_ptr + unit, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,8 @@ class Case:
         one = torch.ones
         r = one(n).double() if compact or self.row_logits is None else r.double()
         c = one(k).double() if compact or self.column_logits is None else c.double()
-        x2, dy2 = x.reshape(-1, k)[:, columns], dy.reshape(-1, n)[:, rows]
+        tokens = math.prod(x.shape[:-1])
+        x2, dy2 = x.reshape(tokens, k)[:, columns], dy.reshape(tokens, n)[:, rows]
         v = (x2 * c[columns]) @ w.t()
         if b is not None:
             v = v + b

@@ -238,7 +238,8 @@ def gate_logit_gradient(
             s = (z - shift) / scale
             derivative = scale * s * (1.0 - s) / (beta if noise else 1.0)
         derivative = torch.where((z > 0.0) & (z < 1.0), derivative, torch.zeros_like(z))
-    gradient = dz.to(logits.dtype) * derivative
+    # A clamped gate passes no NaN on.
+    gradient = torch.where(derivative == 0.0, derivative, dz.to(logits.dtype) * derivative)
     if logits.numel() == z.numel():
         return gradient
     return torch.zeros_like(logits).index_add(0, unit, gradient)
