@@ -104,11 +104,29 @@ struct Avx512 {
   }
 #endif
 
+  // One permutation of the panel's two registers expands any 16 outputs. (An unaligned load and
+  // vexpandps cost 12 cycles a chunk: the load spans two stores and cannot be forwarded.)
+  struct Spread {
+    __m512i from;
+    __mmask16 mask;
+  };
+  static Spread spread(unsigned mask, int kept) {
+    const __m512i order =
+        _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                         _mm512_set1_epi32(kept));
+    const __mmask16 bits = static_cast<__mmask16>(mask);
+    return {_mm512_maskz_expand_epi32(bits, order), bits};
+  }
+  static F expand(const float* panel, const Spread& s) {
+    return _mm512_maskz_permutex2var_ps(s.mask, load(panel), s.from, load(panel + kLanes));
+  }
   template <class T>
-  static void expand(T* y, const float* compact, unsigned mask, int valid, const T* residual) {
-    F value = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(compact));
-    if (residual != nullptr) value = _mm512_add_ps(value, load16(residual, valid));
+  static void write(T* y, F value, int valid) {
     store16(y, value, valid);
+  }
+  template <class T>
+  static void add_write(T* y, F value, const T* residual, int valid) {
+    store16(y, _mm512_add_ps(value, load16(residual, valid)), valid);
   }
 };
 

@@ -15,8 +15,11 @@ namespace {
 using F = Vec::F;
 constexpr int kPanelVecs = kPanel / Vec::kLanes;
 constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
-// How far ahead of its use a weight is asked for, bytes.
-constexpr int kAhead = 2048;
+// How far ahead of its use a weight is asked for, bytes: about 900 cycles, less where several
+// panels stream at once and the bandwidth is the limit.
+constexpr int ahead(int rows, int panels) {
+  return panels >= 3 ? 4096 : panels == 1 && rows <= 9 ? 16384 : 8192;
+}
 
 struct TileArgs {
   const uint8_t* a;
@@ -48,7 +51,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (j % NV * (Vec::kLanes * 4) % 64 == 0) __builtin_prefetch(at + kAhead);
+    if (j % NV * (Vec::kLanes * 4) % 64 == 0) __builtin_prefetch(at + ahead(MR, NP));
   }
   if constexpr (K == Kind::kWide) {
     F odd[kN];
@@ -231,38 +234,58 @@ void activate(Activation activation, float* c, int64_t rows, int64_t stride) {
 }
 
 // Expands one panel's results into its range of y: zeros (or the residual) between kept rows.
+// `limit` is where the caller's last panel ends: up to there a store may run past this panel's
+// range, because the next panel writes later.
 template <class T>
-void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, const float* c,
-             int64_t c_stride) {
+void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
+             const float* c, int64_t c_stride) {
   const Packed& p = call.layer;
   const Segment& segment = p.row_segments[panel];
-  const Segment& next = p.row_segments[panel + 1];
-  const int64_t base = first_row * call.y_stride + segment.start * sizeof(T);
-  int64_t length = next.start - segment.start;
-  int64_t kept = 0;
-  for (uint32_t chunk = segment.chunk; chunk < next.chunk; ++chunk) {
-    const unsigned mask = p.row_masks[chunk];
-    const int valid = length < kChunk ? static_cast<int>(length) : kChunk;
-    const int64_t at = base + (chunk - segment.chunk) * kChunk * sizeof(T);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* y = reinterpret_cast<T*>(call.y + at + r * call.y_stride);
-      const T* residual = call.residual
-                              ? reinterpret_cast<const T*>(call.residual + at + r * call.y_stride)
-                              : nullptr;
-      Vec::expand(y, c + r * c_stride + kept, mask, valid, residual);
+  const uint32_t chunks = p.row_segments[panel + 1].chunk - segment.chunk;
+  int64_t column = segment.start;
+  int kept = 0;
+  for (uint32_t i = 0; i < chunks; ++i, column += kChunk) {
+    const unsigned mask = p.row_masks[segment.chunk + i];
+    const auto spread = Vec::spread(mask, kept);
+    const int valid = limit - column < kChunk ? static_cast<int>(limit - column) : kChunk;
+    const int64_t at = first_row * call.y_stride + column * sizeof(T);
+    uint8_t* y = call.y + at;
+    if (call.residual == nullptr) {
+      for (int64_t r = 0; r < rows; ++r, y += call.y_stride) {
+        Vec::write(reinterpret_cast<T*>(y), Vec::expand(c + r * c_stride, spread), valid);
+      }
+    } else {
+      const uint8_t* residual = call.residual + at;
+      for (int64_t r = 0; r < rows; ++r, y += call.y_stride, residual += call.y_stride) {
+        Vec::add_write(reinterpret_cast<T*>(y), Vec::expand(c + r * c_stride, spread),
+                       reinterpret_cast<const T*>(residual), valid);
+      }
     }
     kept += __builtin_popcount(mask);
-    length -= kChunk;
   }
 }
 
-void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, float* c,
-            int64_t c_stride) {
+void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
+            float* c, int64_t c_stride) {
   activate(call.activation, c, rows, c_stride);
   if (call.type == Type::kF32) {
-    scatter<float>(call, first_row, rows, panel, c, c_stride);
+    scatter<float>(call, first_row, rows, panel, limit, c, c_stride);
   } else {
-    scatter<uint16_t>(call, first_row, rows, panel, c, c_stride);
+    scatter<uint16_t>(call, first_row, rows, panel, limit, c, c_stride);
+  }
+}
+
+// `group` whole panels, or `vecs` vectors of one panel.
+void run_tile(const Shapes& shape, TileArgs args, int64_t group, int vecs) {
+  if (group > 1) return shape.grouped(args);
+  for (int v = 0; v < vecs;) {
+    const bool whole = v + shape.vecs <= vecs;
+    (whole ? shape.single : shape.narrow)(args);
+    const int done = whole ? shape.vecs : 1;
+    args.w += done * Vec::kLanes * 4;
+    args.c += done * Vec::kLanes;
+    args.addend += done * Vec::kLanes;
+    v += done;
   }
 }
 
@@ -275,59 +298,60 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
   const int64_t block_units = p.block_columns / unit;
   const int64_t tiles = (rows + Vec::tile_rows(K) - 1) / Vec::tile_rows(K);
   constexpr int64_t kChain = Vec::chain(K);
+  const int64_t limit = p.row_segments[last_panel].start;
   for (int64_t panel = first_panel; panel < last_panel;) {
-    // Several panels at once only where a single tile holds all rows.
-    int64_t group = tiles == 1 ? shapes_of<K>(rows).group : 1;
-    if (panel + group > last_panel) group = 1;
-    // Narrower tiles at the very end of the outputs.
-    const int64_t outputs =
-        group == 1 && p.rows - panel * kPanel < kPanel ? p.rows - panel * kPanel : kPanel;
-    const int vecs = static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
-    const int64_t c_stride = group * kPanel;
+    // Panels that share a K block of gathered rows while it is in L2, and, where a single tile
+    // holds all rows, panels multiplied at once.
+    int64_t span = 1, group = 1;
+    if (tiles == 1) {
+      group = shapes_of<K>(rows).group;
+      if (panel + group > last_panel) group = 1;
+      span = group;
+    } else if (p.column_blocks > 1) {
+      span = last_panel - panel < kMaxSpan ? last_panel - panel : kMaxSpan;
+    }
+    const int64_t c_stride = span * kPanel;
     for (int64_t block = 0; block < p.column_blocks; ++block) {
       const int64_t first_unit = block * block_units;
-      int64_t tile_row = 0;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t tile_rows = (rows - tile_row) / (tiles - t);
-        const Shapes& shape = shapes_of<K>(tile_rows);
-        float* const tile_c = c + tile_row * c_stride;
-        const int64_t end_unit =
-            first_unit + block_units < all_units ? first_unit + block_units : all_units;
-        // At least once, also without columns: the bias still has to arrive.
-        for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
-          TileArgs args;
-          args.a = a + (block * rows + tile_row) * row_stride(K) +
-                   (unit - first_unit) * (row_stride(K) / kUnits);
-          args.w = p.panels + panel * p.panel_bytes + unit * kUnitBytes;
-          args.panel_bytes = p.panel_bytes;
-          args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
-          args.c = tile_c;
-          args.c_stride = c_stride;
-          args.addend = unit == 0 ? p.bias + panel * kPanel : tile_c;
-          args.addend_stride = unit == 0 ? 0 : c_stride;
-          if (group > 1) {
-            shape.grouped(args);
-            continue;
+      const int64_t end_unit =
+          first_unit + block_units < all_units ? first_unit + block_units : all_units;
+      const bool last_block = block + 1 == p.column_blocks;
+      for (int64_t q = 0; q < span; q += group) {
+        // Narrower tiles at the very end of the outputs.
+        const int64_t outputs = p.rows - (panel + q) * kPanel;
+        const int vecs = group > 1 || outputs >= kPanel
+                             ? kPanelVecs
+                             : static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
+        int64_t tile_row = 0;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t tile_rows = (rows - tile_row) / (tiles - t);
+          const Shapes& shape = shapes_of<K>(tile_rows);
+          float* const tile_c = c + tile_row * c_stride + q * kPanel;
+          // At least once, also without columns: the bias still has to arrive.
+          for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
+            TileArgs args;
+            args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
+                     (unit - first_unit) * (row_stride(K) / kUnits);
+            args.w = p.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
+            args.panel_bytes = p.panel_bytes;
+            args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
+            args.c = tile_c;
+            args.c_stride = c_stride;
+            args.addend = unit == 0 ? p.bias + (panel + q) * kPanel : tile_c;
+            args.addend_stride = unit == 0 ? 0 : c_stride;
+            run_tile(shape, args, group, vecs);
           }
-          for (int v = 0; v < vecs;) {
-            const bool whole = v + shape.vecs <= vecs;
-            (whole ? shape.single : shape.narrow)(args);
-            const int done = whole ? shape.vecs : 1;
-            args.w += done * Vec::kLanes * 4;
-            args.c += done * Vec::kLanes;
-            args.addend += done * Vec::kLanes;
-            v += done;
+          if (last_block) {
+            for (int64_t g = 0; g < group; ++g) {
+              finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
+                     tile_c + g * kPanel, c_stride);
+            }
           }
+          tile_row += tile_rows;
         }
-        if (block + 1 == p.column_blocks) {
-          for (int64_t g = 0; g < group; ++g) {
-            finish(call, first_row + tile_row, tile_rows, panel + g, tile_c + g * kPanel, c_stride);
-          }
-        }
-        tile_row += tile_rows;
       }
     }
-    panel += group;
+    panel += span;
   }
 }
 
@@ -345,19 +369,20 @@ void multiply_any(const Call& call, int64_t first_row, int64_t rows, int64_t fir
   }
 }
 
-// Out: fp32 operand (from fp32 or bf16 x) or bf16 operand (from bf16 x).
+// Out: fp32 operand (from fp32 or bf16 x) or bf16 operand (from bf16 x). Row by row, so that x
+// is read as one stream.
 template <class In, class Out>
 void gather(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
   const Packed& p = call.layer;
   const int stride = row_stride(call.kind);
-  for (int64_t block = 0; block < p.column_blocks; ++block) {
-    const Segment& segment = p.column_segments[block];
-    const Segment& next = p.column_segments[block + 1];
-    for (int64_t r = 0; r < rows; ++r) {
-      const In* in =
-          reinterpret_cast<const In*>(call.x + (first_row + r) * call.x_stride) + segment.start;
-      Out* out = reinterpret_cast<Out*>(a + (block * rows + r) * stride);
-      out = Vec::gather(out, in, p.column_masks + segment.chunk, next.start - segment.start);
+  for (int64_t r = 0; r < rows; ++r) {
+    const In* in = reinterpret_cast<const In*>(call.x + (first_row + r) * call.x_stride);
+    for (int64_t block = 0; block < p.column_blocks; ++block) {
+      const Segment& segment = p.column_segments[block];
+      const Segment& next = p.column_segments[block + 1];
+      Out* out = reinterpret_cast<Out*>(a + block * block_bytes(call.kind, rows) + r * stride);
+      out = Vec::gather(out, in + segment.start, p.column_masks + segment.chunk,
+                        next.start - segment.start);
       // The pair of a last odd column; its weight is zero, but zero times NaN is not.
       if (unit_length(p.type) == 2) *out = 0;
     }

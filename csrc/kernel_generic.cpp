@@ -40,9 +40,17 @@ struct Vec {
   static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
     return gather_scalar(out, in, masks, length);
   }
+  static ScalarSpread spread(unsigned mask, int kept) { return {mask, kept}; }
+  static ScalarChunk expand(const float* compact, ScalarSpread spread) {
+    return expand_scalar(compact, spread);
+  }
   template <class T>
-  static void expand(T* y, const float* compact, unsigned mask, int valid, const T* residual) {
-    expand_scalar(y, compact, mask, valid, residual);
+  static void write(T* y, const ScalarChunk& chunk, int valid) {
+    write_scalar(y, chunk, valid);
+  }
+  template <class T>
+  static void add_write(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
+    add_write_scalar(y, chunk, residual, valid);
   }
 };
 

@@ -19,6 +19,13 @@ constexpr int kKinds = 3;
 // Bytes of one gathered row in one K block.
 constexpr int row_stride(Kind kind) { return kind == Kind::kWide ? kUnits * 8 : kUnits * 4; }
 
+constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
+
+// Bytes of one K block of `rows` gathered rows.
+constexpr int64_t block_bytes(Kind kind, int64_t rows) {
+  return rows * row_stride(kind) + kGatherTail;
+}
+
 struct Call {
   Packed layer;
   Kind kind;
@@ -35,16 +42,17 @@ struct Kernels {
   const char* name;
   bool has_dot;
   int tile_rows[kKinds];  // most rows of one tile
-  // Gathers the kept columns of `rows` rows into `a`:
-  // a[(block * rows + row) * row_stride(kind)], row_tail_bytes more are overwritten.
+  // Gathers the kept columns of `rows` rows: K block b of row r goes to
+  // a + b * block_bytes(kind, rows) + r * row_stride(kind).
   void (*gather)(const Call& call, int64_t first_row, int64_t rows, uint8_t* a);
-  // y[first_row.., range of the panels] from gathered rows; `c` holds scratch_floats(rows).
+  // y[first_row.., range of the panels] from gathered rows; `c` holds rows * kPanel * kMaxSpan +
+  // kChunk floats.
   void (*multiply)(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
                    int64_t last_panel, const uint8_t* a, float* c);
 };
 
-constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
-constexpr int kMaxGroup = 4;      // most panels one tile covers
+constexpr int kMaxGroup = 4;  // most panels one tile covers
+constexpr int kMaxSpan = 4;   // most panels whose results wait together
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;

@@ -14,10 +14,8 @@
 namespace finegates {
 namespace {
 
-// Gathered rows of one thread: half of a 1 MB L2, the other half is for weight panels.
-constexpr int64_t kGatherBytes = 512 * 1024;
-// Rows whose results wait in scratch while one panel is multiplied.
-constexpr int64_t kMaxBlockRows = 256;
+// One K block of gathered rows: it stays in L2 (1 MB here) while panels stream past it.
+constexpr int64_t kGatherBytes = 384 * 1024;
 // Vector multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 40000;
 constexpr int64_t kTasksPerThread = 4;
@@ -82,9 +80,7 @@ struct Plan {
 
 Plan make_plan(const Packed& layer, Kind kind, int64_t m, const Kernels& isa) {
   const int64_t tile_rows = isa.tile_rows[static_cast<int>(kind)];
-  const int64_t row_bytes = layer.column_blocks * row_stride(kind);
-  const int64_t most =
-      std::clamp(kGatherBytes / row_bytes / tile_rows, int64_t{1}, kMaxBlockRows / tile_rows);
+  const int64_t most = kGatherBytes / row_stride(kind) / tile_rows;
   Plan plan;
   plan.tiles = divide_up(m, tile_rows);
   plan.blocks = divide_up(plan.tiles, most);
@@ -93,7 +89,7 @@ Plan make_plan(const Packed& layer, Kind kind, int64_t m, const Kernels& isa) {
   plan.threads = work < kSerialWork ? 1 : max_threads();
   const int64_t wanted = plan.threads == 1 ? 1 : plan.threads * kTasksPerThread;
   const int64_t per_block = std::min(divide_up(wanted, plan.blocks), layer.row_blocks);
-  plan.group_panels = divide_up(divide_up(layer.row_blocks, per_block), kMaxGroup) * kMaxGroup;
+  plan.group_panels = divide_up(divide_up(layer.row_blocks, per_block), kMaxSpan) * kMaxSpan;
   if (plan.threads == 1) plan.group_panels = layer.row_blocks;
   plan.groups = divide_up(layer.row_blocks, plan.group_panels);
   plan.threads = static_cast<int>(std::min<int64_t>(plan.threads, plan.blocks * plan.groups));
@@ -120,8 +116,8 @@ void pruned_linear(const LinearArgs& args) {
                      args.x_stride * element,
                      args.out_features * element};
   const Plan plan = make_plan(layer, kind, args.m, isa);
-  const size_t gathered_bytes = plan.rows * layer.column_blocks * row_stride(kind) + kGatherTail;
-  const size_t result_bytes = (plan.rows * kPanel * kMaxGroup + kChunk) * sizeof(float);
+  const size_t gathered_bytes = layer.column_blocks * block_bytes(kind, plan.rows);
+  const size_t result_bytes = (plan.rows * kPanel * kMaxSpan + kChunk) * sizeof(float);
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
   // Tasks are taken one by one: a thread that the machine slows down takes fewer.

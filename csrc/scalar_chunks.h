@@ -33,13 +33,30 @@ float* gather_scalar(float* out, const In* in, const uint16_t* masks, int64_t le
   return out;
 }
 
+// Sixteen outputs and where the kept ones among them come from.
+struct ScalarSpread {
+  unsigned mask;
+  int kept;
+};
+struct ScalarChunk {
+  float value[kChunk];
+};
+
+inline ScalarChunk expand_scalar(const float* compact, ScalarSpread spread) {
+  ScalarChunk out;
+  compact += spread.kept;
+  for (int i = 0; i < kChunk; ++i) out.value[i] = spread.mask >> i & 1 ? *compact++ : 0.0f;
+  return out;
+}
+
 template <class T>
-void expand_scalar(T* y, const float* compact, unsigned mask, int valid, const T* residual) {
-  for (int i = 0; i < valid; ++i) {
-    float value = mask >> i & 1 ? *compact++ : 0.0f;
-    if (residual != nullptr) value += widen(residual[i]);
-    narrow(value, y + i);
-  }
+void write_scalar(T* y, const ScalarChunk& chunk, int valid) {
+  for (int i = 0; i < valid; ++i) narrow(chunk.value[i], y + i);
+}
+
+template <class T>
+void add_write_scalar(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
+  for (int i = 0; i < valid; ++i) narrow(chunk.value[i] + widen(residual[i]), y + i);
 }
 
 }  // namespace

@@ -132,13 +132,13 @@ def random(*shape: int, dtype: torch.dtype = F32, seed: int = 1) -> Tensor:
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as NaN, so an element nobody writes cannot pass."""
-    original = Tensor.new_empty
+    original = torch.empty
 
-    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = original(self, *args, **kwargs)
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        out = original(*args, **kwargs)
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty", empty)
 
 
 SHAPES = [  # out, in, kept rows, kept columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -70,10 +71,10 @@ def scatter_gates_(model: nn.Module, open_share: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for gate in GateMap(model).gates():
         uniform = torch.rand(2, gate.logits.numel(), generator=generator)
-        distance = 0.05 + 1.5 * uniform[0]
-        gate.logits.copy_(
-            gate.config.closing_logit + torch.where(uniform[1] < open_share, distance, -distance)
-        )
+        closing = gate.config.closing_logit
+        opening = dataclasses.replace(gate.config, init_mean=None).start_logit
+        distance = (0.05 + 1.5 * uniform[0]) * (opening - closing)
+        gate.logits.copy_(closing + torch.where(uniform[1] < open_share, distance, -distance))
 
 
 # A unit dies as a whole once the elements of one of its sides are all dead.

@@ -196,38 +196,36 @@ def pruned_linear(
     Raises:
         ValueError: an argument does not fit; TypeError: x is not a float CPU tensor.
     """
+    # About 2 us a call, as much as F.linear: sizes go to torch.empty one by one, because parsing
+    # a tuple costs another 0.7 us.
     kind = _TYPES.get(x.dtype)
-    if kind is None or x.device.type != "cpu":
+    if kind is None or not x.is_cpu:
         return _converted(x, packed, out_features, activation, residual)
     code = ACTIVATIONS.get(activation)
     if code is None:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    shape = x.shape
-    k = shape[-1] if shape else 0
+    *leading, k = x.shape or (0,)
+    stride = k
     if not x.is_contiguous():
         if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= k:
             stride = x.stride(0)
         else:
             x = x.contiguous()
-            stride = k
-    else:
-        stride = k
-    out_shape = (*shape[:-1], out_features)
-    y = x.new_empty(out_shape)
+    y = torch.empty(*leading, out_features, dtype=x.dtype)
+    m = y.numel() // out_features if out_features else 0
     if residual is not None:
-        if residual.shape != y.shape or residual.dtype != x.dtype or residual.device != x.device:
+        if residual.shape != y.shape or residual.dtype != x.dtype or not residual.is_cpu:
             raise ValueError(
                 f"residual must be {x.dtype} {tuple(y.shape)}, "
                 f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
             )
         residual = residual.contiguous()
-    m = 1
-    for size in shape[:-1]:
-        m *= size
-    if packed.data_ptr() % 64 or packed.dtype != torch.uint8 or not packed.is_contiguous():
+    buffer = packed.data_ptr()
+    if buffer & 63 or packed.dtype is not torch.uint8 or not packed.is_contiguous():
         packed = _aligned(packed)
+        buffer = packed.data_ptr()
     _C.pruned_linear(
-        packed.data_ptr(),
+        buffer,
         packed.numel(),
         x.data_ptr(),
         m,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -168,23 +168,25 @@ class GateMap:
         """
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
-        margins = {side: m.double().cpu().numpy() for side, m in self.margins().items()}
+        margins = {side: margin.cpu() for side, margin in self.margins().items()}
         layers = [
-            (np.sort(margins[Side(name, "row")]), np.sort(margins[Side(name, "column")]))
+            (margins[Side(name, "row")].sort().values, margins[Side(name, "column")].sort().values)
             for name in self.layers
         ]
         total = sum(len(rows) * len(columns) for rows, columns in layers)
-        finite = np.unique(np.concatenate([m[np.isfinite(m)] for pair in layers for m in pair]))
+        every = torch.cat([margin for pair in layers for margin in pair])
+        finite: Tensor = every[every.isfinite()].unique()  # type: ignore[no-untyped-call]
         if len(finite) == 0:
             return self.removal()
-        levels = np.concatenate([[-np.inf], finite, [np.inf]])
+        edge = torch.tensor([torch.inf], dtype=finite.dtype)
+        levels = torch.cat([-edge, finite, edge])
 
         def removed(at: int) -> int:
             """Parameters removed when the levels up to ``at`` are closed."""
-            kept = 0
+            level, kept = levels[at], 0
             for rows, columns in layers:
-                open_rows = len(rows) - int(np.searchsorted(rows, levels[at], side="right"))
-                open_columns = len(columns) - int(np.searchsorted(columns, levels[at], "right"))
+                open_rows = len(rows) - int(torch.searchsorted(rows, level, right=True))
+                open_columns = len(columns) - int(torch.searchsorted(columns, level, right=True))
                 kept += open_rows * open_columns
             return total - kept
 
@@ -194,11 +196,8 @@ class GateMap:
             middle = (low + high) // 2
             low, high = (middle, high) if removed(middle) <= goal else (low, middle)
         nearer = abs(removed(high) - goal) < abs(removed(low) - goal)
-        shift = (
-            _between(*levels[high : high + 2])
-            if nearer and removed(high) < total
-            else (_between(*levels[low : low + 2]))
-        )
+        at = high if nearer and removed(high) < total else low
+        shift = _between(*levels[at : at + 2].tolist())
         for gate in self.gates():
             gate.logits.sub_(shift)
         return self.removal()
@@ -234,9 +233,14 @@ def _without_nan(values: dict[Side, Tensor]) -> dict[Side, Tensor]:
 
 def _between(below: float, above: float) -> float:
     """Return an fp32 threshold t with below - t <= 0 < above - t in fp32."""
-    if not np.isfinite(below):
-        below = above - max(1.0, abs(above))
-    if not np.isfinite(above):
-        above = below + max(1.0, abs(below))
-    middle = np.float32((below + above) / 2)
-    return float(middle if middle < above else np.float32(below))
+    # At the ends a distance of 1, or what fp32 can still tell apart at this size.
+    if not math.isfinite(below):
+        below = above - max(1.0, 2.0**-20 * abs(above))
+    if not math.isfinite(above):
+        above = below + max(1.0, 2.0**-20 * abs(below))
+    middle = _fp32((below + above) / 2)
+    return middle if middle < above else _fp32(below)
+
+
+def _fp32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()

@@ -70,6 +70,7 @@ def _pruned_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _write(model: nn.Module, record: dict[str, Any]) -> None:
-    config = getattr(model, "config", None)
-    if config is not None:
+    config: Any = getattr(model, "config", None)
+    # Other models keep other things under that name.
+    if hasattr(config, "to_dict"):
         config.quantization_config = {"quant_method": METHOD, "version": RECORD_VERSION, **record}

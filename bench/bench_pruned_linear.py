@@ -1,0 +1,119 @@
+"""A pruned layer against dense, against every packed library GEMM, and against the ceilings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, add_compiled, check, interleave, make_case, medians
+from probe import peak_flops, read_bandwidth
+from shapes import (
+    BATCHES,
+    COLD_BATCHES,
+    COLD_BYTES,
+    COLD_LAYERS,
+    DTYPES,
+    LAYERS,
+    REMOVED,
+    SWEEP_BATCHES,
+    SWEEP_LAYERS,
+    SWEEP_REMOVED,
+)
+
+from finegates import _native
+from finegates.ops import _cpu
+
+
+def report(benchmark: Any, case: Case, dtype: str, threads: int, seconds: float = 0.8) -> None:
+    """Run the gate, the interleaved clock and pytest-benchmark's own, and keep the numbers."""
+    check(case)
+    samples = interleave(case.candidates, seconds)
+    time = medians(samples)
+    fastest = {name: min(times) for name, times in samples.items()}
+    libraries = {name: t for name, t in time.items() if name not in ("ours", "dense")}
+    library = min(libraries, key=lambda name: libraries[name])
+    peak = peak_flops(dtype, _native.isa(), threads)
+    benchmark.extra_info.update(
+        {
+            "isa": _native.isa(),
+            "threads": threads,
+            "microseconds": {name: 1e6 * t for name, t in time.items()},
+            "minimum_microseconds": {name: 1e6 * t for name, t in fastest.items()},
+            "dense_ratio": time["dense"] / time["ours"],
+            "library": library,
+            "library_ratio": time[library] / time["ours"],
+            "gflops": case.flops / time["ours"] / 1e9,
+            "share_of_peak": case.flops / time["ours"] / peak,
+            "best_share_of_peak": case.flops / fastest["ours"] / peak,
+            "peak_gflops": peak / 1e9,
+            "weight_gbytes_per_second": case.weight_bytes / time["ours"] / 1e9,
+            "read_gbytes_per_second": read_bandwidth(256, threads) / 1e9,
+        }
+    )
+    benchmark.pedantic(case.candidates["ours"], rounds=5, iterations=1, warmup_rounds=0)
+
+
+@pytest.mark.benchmark(group="grid")
+@pytest.mark.parametrize("m", BATCHES, ids=lambda m: f"M{m}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def bench_grid(benchmark: Any, request: Any, layer: str, dtype: str, m: int, threads: int) -> None:
+    case = make_case(layer, dtype, m, REMOVED)
+    if request.config.getoption("--compiled"):
+        add_compiled(case)
+    benchmark.extra_info.update({"layer": layer, "dtype": dtype, "m": m, "removed": REMOVED})
+    report(benchmark, case, dtype, threads)
+
+
+@pytest.mark.benchmark(group="removed")
+@pytest.mark.parametrize("removed", SWEEP_REMOVED, ids=lambda r: f"removed{r}")
+@pytest.mark.parametrize("m", SWEEP_BATCHES, ids=lambda m: f"M{m}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", SWEEP_LAYERS)
+def bench_removed(
+    benchmark: Any, layer: str, dtype: str, m: int, removed: float, threads: int
+) -> None:
+    case = make_case(layer, dtype, m, removed)
+    benchmark.extra_info.update({"layer": layer, "dtype": dtype, "m": m, "removed": removed})
+    report(benchmark, case, dtype, threads, seconds=0.5)
+
+
+@pytest.mark.benchmark(group="cold")
+@pytest.mark.parametrize("m", COLD_BATCHES, ids=lambda m: f"M{m}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", COLD_LAYERS)
+def bench_cold(benchmark: Any, layer: str, dtype: str, m: int, threads: int) -> None:
+    """Weights that are never in cache: each call takes the next of many copies."""
+    case = make_case(layer, dtype, m, REMOVED)
+    check(case)
+    copies = COLD_BYTES // case.weight_bytes + 1
+    packed = [case.packed.clone() for _ in range(copies)]
+    dense = [case.weight.clone() for _ in range(copies)]
+    at = {"ours": 0, "dense": 0}
+
+    def ours() -> torch.Tensor:
+        at["ours"] = (at["ours"] + 1) % copies
+        return _cpu.pruned_linear(case.x, packed[at["ours"]], case.out_features)
+
+    def plain() -> torch.Tensor:
+        at["dense"] = (at["dense"] + 1) % copies
+        return torch.nn.functional.linear(case.x, dense[at["dense"]], case.bias)
+
+    time = medians(interleave({"ours": ours, "dense": plain}, 1.0))
+    read = read_bandwidth(256, threads)
+    benchmark.extra_info.update(
+        {
+            "layer": layer,
+            "dtype": dtype,
+            "m": m,
+            "removed": REMOVED,
+            "threads": threads,
+            "isa": _native.isa(),
+            "microseconds": {name: 1e6 * t for name, t in time.items()},
+            "dense_ratio": time["dense"] / time["ours"],
+            "weight_gbytes_per_second": case.weight_bytes / time["ours"] / 1e9,
+            "share_of_read_bandwidth": case.weight_bytes / time["ours"] / read,
+        }
+    )
+    benchmark.pedantic(ours, rounds=5, iterations=1)

@@ -1,0 +1,37 @@
+"""The only place with sizes: layers, batch sizes, shares removed."""
+
+from __future__ import annotations
+
+import math
+
+# name: (out_features, in_features)
+LAYERS = {
+    "768x768": (768, 768),
+    "3072x768": (3072, 768),
+    "768x3072": (768, 3072),
+    "1024x4096": (1024, 4096),
+    "2048x2048": (2048, 2048),
+    "8192x2048": (8192, 2048),
+    "2048x8192": (2048, 8192),
+}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+QUICK_LAYERS = ("768x768", "3072x768")
+QUICK_BATCHES = (1, 8, 32, 128)
+DTYPES = ("fp32", "bf16")
+
+REMOVED = 0.40
+SWEEP_REMOVED = (0.05, 0.10, 0.20, 0.40, 0.60, 0.80)
+SWEEP_LAYERS = ("768x768", "3072x768")
+SWEEP_BATCHES = (1, 8, 128)
+
+COLD_LAYERS = ("3072x768", "2048x2048")
+COLD_BATCHES = (1, 8, 32)
+COLD_BYTES = 128 * 2**20  # four times this machine's last-level cache
+
+TINY = (64, 64)
+
+
+def kept(full: int, removed: float) -> int:
+    """Return an odd count near ``full * sqrt(1 - removed)``: half of the share on each side."""
+    count = int(full * math.sqrt(1 - removed))
+    return max(1, count if count % 2 else count - 1)
