@@ -194,6 +194,18 @@ class GateConfig:
             return math.log(1.0 - self.gamma) - math.log(self.zeta - 1.0)
         return 1.0
 
+    @property
+    def constants(self) -> tuple[float, float, float]:
+        """(shift, scale, beta) of the sample, as `ops.gated_matmul` takes them.
+
+        gaussian: (offset, σ, 1); hard concrete: (γ, ζ - γ, β); ranking has none.
+        """
+        if self.distribution == "gaussian":
+            return self.offset, self.sigma, 1.0
+        if self.distribution == "hard_concrete":
+            return self.gamma, self.zeta - self.gamma, self.beta
+        return 0.0, 1.0, 1.0
+
     def target(self, progress: float) -> float:
         """Return the fraction to remove at ``progress`` (steps done / all steps, in [0, 1]).
 

@@ -86,6 +86,14 @@ class Gate(nn.Module):
             return torch.sigmoid(self.logits - shift)
         return self._unit_value()
 
+    @property
+    def span_width(self) -> tuple[int, int]:
+        """The layout as the kernels take it: feature i has unit (i // span) width + i mod width."""
+        if self.layout is None:
+            return max(self.size, 1), max(self.size, 1)
+        _, repeats, pairs, width = self.layout
+        return repeats * pairs * width, width
+
     def spread(self, units: Tensor) -> Tensor:
         """Spread a per-unit vector [units] over the side [size]."""
         return self._expand(units)

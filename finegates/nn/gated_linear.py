@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import GateConfig
 from ..gates import Gate
-from ..ops import gated_linear
+from ..ops import INTERPRETED, gated_linear, gated_matmul
 
 
 class FusedGatedLinear(nn.Linear):
@@ -70,14 +70,41 @@ class FusedGatedLinear(nn.Linear):
         Raises:
             ValueError: x's last dimension, dtype or device doesn't fit the weight's.
         """
+        if x.is_cuda or INTERPRETED:
+            return self._sample_in_kernel(x)
         return gated_linear(
             x,
             self.weight,
             self.bias,
             None if self.row_gate is None else self.row_gate(),
             None if self.column_gate is None else self.column_gate(),
-            closed_row_grad=self.config.distribution == "ranking" and self.config.closed_gradient,
+            closed_row_grad=self._closed_grad,
             backend=self.config.backend,
+        )
+
+    @property
+    def _closed_grad(self) -> bool:
+        return self.config.distribution == "ranking" and self.config.closed_gradient
+
+    def _sample_in_kernel(self, x: Tensor) -> Tensor:
+        """Hand the logits to the op, which samples inside the GEMM: one launch for the layer."""
+        row, column, config = self.row_gate, self.column_gate, self.config
+        seed = None
+        if self.training and config.distribution != "ranking":
+            seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
+        return gated_matmul(
+            x,
+            self.weight,
+            self.bias,
+            None if row is None else row.logits,
+            None if column is None else column.logits,
+            seed,
+            config.distribution,
+            config.constants,
+            row_layout=None if row is None else row.span_width,
+            column_layout=None if column is None else column.span_width,
+            closed_grad=self._closed_grad,
+            backend=config.backend,
         )
 
     def gate(self, axis: str) -> Gate | None:

@@ -6,9 +6,21 @@ import torch
 from torch import Tensor
 
 from . import reference, schema
+from ._triton import INTERPRETED
+from .checks import autocasts, check_dtype, check_matrix, check_vector
 from .dispatch import table, use_backend
+from .sampled import gated_matmul, norm_gather, open_mass
 
-__all__ = ["gated_linear", "pruned_linear", "table", "use_backend"]
+__all__ = [
+    "INTERPRETED",
+    "gated_linear",
+    "gated_matmul",
+    "norm_gather",
+    "open_mass",
+    "pruned_linear",
+    "table",
+    "use_backend",
+]
 
 
 def gated_linear(
@@ -42,19 +54,19 @@ def gated_linear(
 
     Source: FineGates, arXiv 2602.09169; gradients as derived in docs/method.md.
     """
-    if _autocasts(x):
+    if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-    _check_matrix(x, w)
-    _check_dtype("x", x, w)
+    check_matrix(x, w)
+    check_dtype("x", x, w)
     if b is not None:
-        _check_vector("b", b, w, 0)
-        _check_dtype("b", b, w)
+        check_vector("b", b, w, 0)
+        check_dtype("b", b, w)
     if r is not None:
-        _check_vector("r", r, w, 0)
+        check_vector("r", r, w, 0)
         r = r.to(w.dtype)
     if c is not None:
-        _check_vector("c", c, w, 1)
+        check_vector("c", c, w, 1)
         c = c.to(w.dtype)
     y: Tensor = schema.ops.gated_linear.default(x, w, b, r, c, closed_row_grad, backend)
     return y
@@ -95,14 +107,14 @@ def pruned_linear(
         ValueError: shapes, dtypes, devices or the activation don't fit.
     """
     out_features = w.shape[0] if out_features is None else out_features
-    if _autocasts(x):
+    if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     else:
-        _check_dtype("x", x, w)
-    _check_matrix(x, w, every_column=columns is None)
+        check_dtype("x", x, w)
+    check_matrix(x, w, every_column=columns is None)
     for name, vector, side in (("b", b, 0), ("rows", rows, 0), ("columns", columns, 1)):
         if vector is not None:
-            _check_vector(name, vector, w, side)
+            check_vector(name, vector, w, side)
     if out_features < w.shape[0] or (rows is None and out_features != w.shape[0]):
         raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
     if activation not in reference.ACTIVATIONS:
@@ -119,32 +131,3 @@ def pruned_linear(
         x, w, b, rows, columns, out_features, activation, residual, backend
     )
     return y
-
-
-def _autocasts(x: Tensor) -> bool:
-    """Return whether autocast casts x; as for ``F.linear``, it leaves fp64 alone."""
-    device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-
-
-def _check_matrix(x: Tensor, w: Tensor, every_column: bool = True) -> None:
-    if w.dim() != 2:
-        raise ValueError(f"w must have 2 dimensions, got shape {tuple(w.shape)}")
-    if x.dim() == 0 or every_column and x.shape[-1] != w.shape[1]:
-        raise ValueError(
-            f"x must have a last dimension of {w.shape[1]}, got shape {tuple(x.shape)}"
-        )
-    if x.device != w.device:
-        raise ValueError(f"x must be on w's device {w.device}, got {x.device}")
-
-
-def _check_vector(name: str, vector: Tensor, w: Tensor, side: int) -> None:
-    if vector.shape != (w.shape[side],):
-        raise ValueError(f"{name} must have shape ({w.shape[side]},), got {tuple(vector.shape)}")
-    if vector.device != w.device:
-        raise ValueError(f"{name} must be on w's device {w.device}, got {vector.device}")
-
-
-def _check_dtype(name: str, tensor: Tensor, w: Tensor) -> None:
-    if tensor.dtype != w.dtype:
-        raise ValueError(f"{name} must have w's dtype {w.dtype}, got {tensor.dtype}")

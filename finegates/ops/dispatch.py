@@ -75,14 +75,46 @@ def _pruned_linear_native(
     return _cpu.pruned_linear(x, entry.packed, out_features, activation, residual)
 
 
+def _triton_entry(why_not: Callable[..., str | None], run: Callable[..., Any]) -> Implementation:
+    return Implementation("triton", why_not, run, _triton.status)
+
+
+# Of the two Triton entries of gated_matmul exactly one serves a call: by shape, see `_fold_wins`.
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "pruned_linear": (
         Implementation("native", _native_why_not, _pruned_linear_native, _native.reason),
+        _triton_entry(_triton.pruned_why_not, _triton.pruned_linear),
         _torch(reference.pruned_linear),
     ),
     "gated_linear": (
-        Implementation("triton", _triton.why_not, _triton.gated_linear, _triton.status),
+        _triton_entry(_triton.why_not, _triton.gated_linear),
         _torch(reference.gated_linear),
+    ),
+    "gated_linear_backward": (
+        _triton_entry(_triton.backward_why_not, _triton.gated_linear_backward),
+        _torch(reference.gated_linear_backward),
+    ),
+    "gated_matmul": (
+        _triton_entry(_triton.fused_why_not, _triton.gated_matmul_fused),
+        _triton_entry(_triton.fold_why_not, _triton.gated_matmul_fold),
+        _torch(reference.gated_matmul),
+    ),
+    "gated_matmul_backward": (
+        _triton_entry(_triton.fused_backward_why_not, _triton.gated_matmul_backward_fused),
+        _triton_entry(_triton.fold_backward_why_not, _triton.gated_matmul_backward_fold),
+        _torch(reference.gated_matmul_backward),
+    ),
+    "norm_gather": (
+        _triton_entry(_triton.norm_gather_why_not, _triton.norm_gather),
+        _torch(reference.norm_gather),
+    ),
+    "open_mass": (
+        _triton_entry(_triton.open_mass_why_not, _triton.open_mass),
+        _torch(reference.open_mass),
+    ),
+    "open_mass_backward": (
+        _triton_entry(_triton.open_mass_backward_why_not, _triton.open_mass_backward),
+        _torch(reference.open_mass_backward),
     ),
 }
 
@@ -135,6 +167,7 @@ def choose(op: str, layer: str, *args: Any) -> Implementation:
         ValueError: a backend was named and can't serve the call; the message gives its reason.
     """
     wanted = requested_backend(layer)
+    reasons = []
     for entry in TABLE[op]:
         if wanted not in ("auto", entry.backend):
             continue
@@ -143,10 +176,11 @@ def choose(op: str, layer: str, *args: Any) -> Implementation:
             if _env.log_dispatch():
                 _log.info("%s: %s", op, entry.backend)
             return entry
-        if wanted != "auto":
-            raise ValueError(f"backend={wanted!r} can't run {op}: {reason}")
+        reasons.append(reason)
         if _env.log_dispatch():
             _log.info("%s: not %s, %s", op, entry.backend, reason)
+    if reasons:
+        raise ValueError(f"backend={wanted!r} can't run {op}: {'; '.join(reasons)}")
     raise ValueError(f"backend={wanted!r} has no implementation of {op}")
 
 

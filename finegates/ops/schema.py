@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
-from . import dispatch, reference
+from . import dispatch
 
 _library = Library("finegates", "DEF")
 ops = torch.ops.finegates
@@ -28,7 +28,8 @@ _library.define(
 )
 _library.define(
     "gated_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor? b, Tensor? r, Tensor? c, "
-    "Tensor y, bool closed_row_grad, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor y, bool closed_row_grad, bool[5] mask, str backend='auto') "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -61,10 +62,27 @@ def _gated_linear(
     return result
 
 
+def _gated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    r: Tensor | None,
+    c: Tensor | None,
+    y: Tensor,
+    closed_row_grad: bool,
+    mask: list[bool],
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    args = (dy, x, w, b, r, c, y, closed_row_grad, mask)
+    result: tuple[Tensor, ...] = dispatch.choose("gated_linear_backward", backend, *args).run(*args)
+    return result
+
+
 for _name, _function in (
     ("pruned_linear", _pruned_linear),
     ("gated_linear", _gated_linear),
-    ("gated_linear_backward", reference.gated_linear_backward),
+    ("gated_linear_backward", _gated_linear_backward),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -89,7 +107,7 @@ def _gated_linear_fake(
 @register_fake("finegates::gated_linear_backward", lib=_library)  # type: ignore[untyped-decorator]
 def _gated_linear_backward_fake(
     dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None,
-    y: Tensor, closed_row_grad: bool, mask: list[bool],
+    y: Tensor, closed_row_grad: bool, mask: list[bool], backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     wanted = (x, w, b, r, c)
     return tuple(
@@ -99,8 +117,7 @@ def _gated_linear_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, w, b, r, c, closed_row_grad, _ = inputs
-    ctx.closed_row_grad = closed_row_grad
+    x, w, b, r, c, ctx.closed_row_grad, ctx.backend = inputs
     ctx.save_for_backward(x, w, b, r, c, output)
 
 
@@ -109,7 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, b, r, c, y = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
-    grads = ops.gated_linear_backward(dy, x, w, b, r, c, y, ctx.closed_row_grad, mask)
+    grads = ops.gated_linear_backward(dy, x, w, b, r, c, y, ctx.closed_row_grad, mask, ctx.backend)
     wanted = (g if want else None for g, want in zip(grads, mask, strict=True))
     return (*wanted, None, None)
 
