@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finegates import _native
+from .. import _native
 
 _C: Any = _native._C
 

@@ -1,0 +1,46 @@
+"""The ``finegates`` command: one subcommand per workflow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """usage: finegates COMMAND [OPTIONS]
+
+  finetune   fine-tune an encoder with gates, remove what closes, save, reload, time
+  info       what runs here and why (also: python -m finegates)
+
+finegates COMMAND --help lists a command's options."""
+
+
+def _finetune(arguments: Sequence[str]) -> None:
+    from .recipes.finetune_glue import main
+
+    main(arguments)
+
+
+def _info(arguments: Sequence[str]) -> None:
+    from .__main__ import main
+
+    main()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"finetune": _finetune, "info": _info}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; bad input ends in one line on standard error and exit status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE + "\n")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        sys.stderr.write(f"finegates: unknown command {words[0]!r}; finegates --help lists them\n")
+        return 2
+    try:
+        command(words[1:])
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"finegates {words[0]}: {error}\n")
+        return 2
+    return 0

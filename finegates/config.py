@@ -1,0 +1,246 @@
+"""`GateConfig`: every constant of the method as a named, validated, serialisable field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ._env import BACKENDS
+
+DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
+OBJECTIVES = ("fraction", "per_axis")
+TIES = ("unit", "none")
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    r"""How gates are placed, sampled, trained and scheduled.
+
+    The gated Linear is ``y = r ⊙ ((x ⊙ c) wᵀ + b)`` with a row gate ``r`` (one value per output
+    feature) and a column gate ``c`` (one value per input feature), functions of fp32 logits θ.
+
+    Args:
+        distribution: ``"ranking"`` (open iff θ > 0, straight-through gradient, exact budget at
+            every step), ``"gaussian"`` (FineGates, arXiv 2602.09169) or ``"hard_concrete"``
+            (Louizos et al. 2018, arXiv 1712.01312).
+        sparsity: fraction of the gated weights' parameters to remove, in (0, 1); counted over the
+            whole model with the units that die through couplings.
+        objective: for the stochastic distributions. ``"fraction"`` penalises the expected removed
+            fraction of parameters; ``"per_axis"`` is the authors' objective: for every layer the
+            distance of the mean open probability of rows, and of columns, from ``1 - sparsity``.
+        tie: ``"unit"`` gives one gate to what can only die together (query-key pairs, value-output,
+            MLP neurons, the input columns shared by query/key/value or gate/up); ``"none"`` gives
+            every row and column its own gate, as the paper does.
+        rows, columns: which sides carry gates; at least one.
+        modules: name patterns (``fnmatch``) of the Linears to gate; None takes the attention and
+            MLP Linears of the model's architecture.
+        train_bias, train_weight: whether biases and weights of gated Linears are trained.
+        trainable: name patterns (``fnmatch``) of further parameters that stay trainable: the head.
+        closed_gradient: ranking only; whether closed gates still get a gradient, so that a unit can
+            return. Worth about two points in DESIGN's trial, costs a pass over the closed rows.
+        warmup: fraction of the steps with every gate open, during which importance is measured.
+        ramp: fraction of the steps over which the target rises from 0 to ``sparsity`` (cubic).
+        penalty_weight: λ of the stochastic objectives.
+        gate_learning_rate: learning rate of the logits.
+        sigma: standard deviation of the Gaussian noise.
+        open_sigma: σ₀ in the Gaussian open probability Φ((tanh θ + offset) / σ₀).
+        offset: the shift inside the Gaussian clamp, ½ in the paper.
+        beta, gamma, zeta: temperature and stretch interval of the hard concrete distribution.
+        init_mean, init_std: the starting logits are drawn from N(init_mean, init_std²). A mean of
+            None takes the opening edge, the smallest logit whose evaluation value is 1: from there
+            1/2 of the Gaussian and 0.29 of the hard concrete samples are interior, so that there is
+            a task gradient from the first step.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"`` for the gated layers.
+
+    Raises:
+        ValueError: a field has a value outside its range; the message names field and value.
+
+    Example:
+        >>> GateConfig(sparsity=0.4).distribution
+        'ranking'
+        >>> GateConfig.from_dict(GateConfig.paper().to_dict()) == GateConfig.paper()
+        True
+    """
+
+    distribution: str = "ranking"
+    sparsity: float = 0.4
+    objective: str = "fraction"
+    tie: str = "unit"
+    rows: bool = True
+    columns: bool = True
+    modules: tuple[str, ...] | None = None
+    train_bias: bool = True
+    train_weight: bool = False
+    trainable: tuple[str, ...] = ("classifier.*", "score.*", "qa_outputs.*", "pre_classifier.*")
+    closed_gradient: bool = True
+    warmup: float = 0.15
+    ramp: float = 0.5
+    penalty_weight: float = 50.0
+    gate_learning_rate: float = 1e-2
+    sigma: float = 0.1
+    open_sigma: float = 0.5
+    offset: float = 0.5
+    beta: float = 2.0 / 3.0
+    gamma: float = -0.1
+    zeta: float = 1.1
+    init_mean: float | None = None
+    init_std: float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("distribution", DISTRIBUTIONS),
+            ("objective", OBJECTIVES),
+            ("tie", TIES),
+            ("backend", BACKENDS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        for name in ("rows", "columns", "train_bias", "train_weight", "closed_gradient"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be a bool, got {value!r}")
+        if not (self.rows or self.columns):
+            raise ValueError("rows and columns are both False: no side would be gated")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float" or field.type == "float | None" and value is not None:
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if not number or not math.isfinite(value):
+                    raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+        self._check_ranges()
+        for name in ("modules", "trainable"):
+            patterns = getattr(self, name)
+            if patterns is None and name == "modules":
+                continue
+            if not isinstance(patterns, (tuple, list)) or not all(
+                isinstance(pattern, str) for pattern in patterns
+            ):
+                raise ValueError(f"{name} must be a sequence of patterns, got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
+        if self.modules == ():
+            raise ValueError("modules must not be empty; None takes the architecture's own")
+
+    def _check_ranges(self) -> None:
+        ranges = (
+            ("sparsity", 0.0 < self.sparsity < 1.0, "in (0, 1)"),
+            ("warmup", 0.0 <= self.warmup < 1.0, "in [0, 1)"),
+            ("ramp", 0.0 <= self.ramp <= 1.0 - self.warmup, "in [0, 1 - warmup]"),
+            ("penalty_weight", self.penalty_weight >= 0.0, "at least 0"),
+            ("gate_learning_rate", self.gate_learning_rate > 0.0, "above 0"),
+            ("sigma", self.sigma > 0.0, "above 0"),
+            ("open_sigma", self.open_sigma > 0.0, "above 0"),
+            ("offset", 0.0 < self.offset < 1.0, "in (0, 1)"),
+            ("beta", self.beta > 0.0, "above 0"),
+            ("gamma", self.gamma < 0.0, "below 0"),
+            ("zeta", self.zeta > 1.0, "above 1"),
+            ("init_std", self.init_std >= 0.0, "at least 0"),
+        )
+        for name, holds, what in ranges:
+            if not holds:
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> GateConfig:
+        """Return the authors' constants: Gaussian gates, independent, their per-axis objective.
+
+        λ = 50, target 0.4, σ = 0.1, σ₀ = 0.5, logits from N(1, 0.1²), learning rate 1e-3, no ramp
+        (source: the authors' ``model.py`` and ``finetune_glue.py``).
+        """
+        constants: dict[str, Any] = {
+            "distribution": "gaussian",
+            "objective": "per_axis",
+            "tie": "none",
+            "sparsity": 0.4,
+            "penalty_weight": 50.0,
+            "gate_learning_rate": 1e-3,
+            "warmup": 0.0,
+            "ramp": 0.0,
+            "init_mean": 1.0,
+            "init_std": 0.1,
+        }
+        return cls(**{**constants, **changes})
+
+    @property
+    def closing_logit(self) -> float:
+        """The logit at and below which a gate is exactly 0 in evaluation.
+
+        ranking: 0; gaussian: artanh(-offset); hard concrete: logit(-γ / (ζ - γ)) = log(-γ / ζ).
+        """
+        if self.distribution == "gaussian":
+            return math.atanh(-self.offset)
+        if self.distribution == "hard_concrete":
+            return math.log(-self.gamma) - math.log(self.zeta)
+        return 0.0
+
+    @property
+    def start_logit(self) -> float:
+        """The mean of the starting logits: ``init_mean``, or the opening edge when that is None.
+
+        ranking: 1; gaussian: artanh(1 - offset); hard concrete: logit((1 - γ) / (ζ - γ)), which is
+        log((1 - γ) / (ζ - 1)).
+        """
+        if self.init_mean is not None:
+            return self.init_mean
+        if self.distribution == "gaussian":
+            return math.atanh(1.0 - self.offset)
+        if self.distribution == "hard_concrete":
+            return math.log(1.0 - self.gamma) - math.log(self.zeta - 1.0)
+        return 1.0
+
+    @property
+    def constants(self) -> tuple[float, float, float]:
+        """(shift, scale, beta) of the sample, as `ops.gated_matmul` takes them.
+
+        gaussian: (offset, σ, 1); hard concrete: (γ, ζ - γ, β); ranking has none.
+        """
+        if self.distribution == "gaussian":
+            return self.offset, self.sigma, 1.0
+        if self.distribution == "hard_concrete":
+            return self.gamma, self.zeta - self.gamma, self.beta
+        return 0.0, 1.0, 1.0
+
+    def target(self, progress: float) -> float:
+        """Return the fraction to remove at ``progress`` (steps done / all steps, in [0, 1]).
+
+        0 during the warm-up, then sparsity · (1 - (1 - t)³) with t rising from 0 to 1 over the ramp
+        (the cubic ramp of Zhu and Gupta 2017, arXiv 1710.01878).
+        """
+        if progress <= self.warmup and self.warmup > 0.0:
+            return 0.0
+        t = 1.0 if self.ramp == 0.0 else min(1.0, (progress - self.warmup) / self.ramp)
+        return self.sparsity * (1.0 - (1.0 - t) ** 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dict that carries the format's version."""
+        fields = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+        return {"version": CONFIG_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:
+        """Build a config from `to_dict`'s output; unknown keys are dropped with a warning.
+
+        Raises:
+            ValueError: ``values`` isn't a mapping, its version is newer than this release knows, or
+                a field is out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"values must be a mapping, got {values!r}")
+        fields = dict(values)
+        version = fields.pop("version", CONFIG_VERSION)
+        if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
+            raise ValueError(f"version must be from 1 to {CONFIG_VERSION}, got {version!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(str(name) for name in set(fields) - known)
+        if unknown:
+            warnings.warn(f"GateConfig ignores unknown keys: {', '.join(unknown)}", stacklevel=2)
+        return cls(**{name: value for name, value in fields.items() if name in known})

@@ -1,0 +1,113 @@
+"""Gates in transformers' Trainer: a callback for the schedule, optimizer settings for logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..surgery import GateController, GateMap
+
+
+class GateCallback(TrainerCallback):
+    """Runs a `GateController` inside any transformers Trainer.
+
+    Gradient accumulation, mixed precision and resuming stay the Trainer's own: the callback acts
+    once per optimizer step, and a checkpoint of the model holds all of its state.
+    """
+
+    controller: GateController | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the controller; a fresh run starts its schedule, a resumed one goes on."""
+        if model is None:
+            raise ValueError("model must be given by the Trainer, got None")
+        self.controller = GateController(model, state.max_steps)
+        if state.global_step == 0:
+            self.controller.start()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Collect importance or add the penalty's gradient."""
+        if self.controller is not None:
+            self.controller.before_step(state.global_step)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Meet the step's budget."""
+        if self.controller is not None:
+            self.controller.after_step(state.global_step)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Meet the final budget."""
+        if self.controller is not None and state.global_step >= state.max_steps:
+            self.controller.finish()
+
+
+class GatedTrainer(Trainer):
+    """transformers' Trainer for a gated model: adds `GateCallback` and logs the removed fraction.
+
+    The logits form an optimizer group of their own with ``gate_learning_rate`` and no weight decay.
+    Takes the arguments of `transformers.Trainer`; the model must have been through `gate_`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate_callback = GateCallback()
+        self.add_callback(self.gate_callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the Trainer's optimizer with the logits moved to a group of their own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh:
+            gates = GateMap(self.accelerator.unwrap_model(self.model)).gates()
+            theirs = {id(gate.logits) for gate in gates}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in theirs]
+            optimizer.add_param_group(
+                {
+                    "params": [gate.logits for gate in gates],
+                    "lr": gates[0].config.gate_learning_rate,
+                    "weight_decay": 0.0,
+                }
+            )
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the removed fraction of the gated weights beside the Trainer's own figures."""
+        controller = self.gate_callback.controller
+        if controller is not None:
+            logs = {**logs, "removed": controller.map.removal().fraction}
+        super().log(logs, start_time)

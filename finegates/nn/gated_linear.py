@@ -1,0 +1,116 @@
+"""`FusedGatedLinear`: a drop-in `nn.Linear` with a gate per row and per column."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GateConfig
+from ..gates import Gate
+from ..ops import INTERPRETED, gated_linear, gated_matmul
+
+
+class FusedGatedLinear(nn.Linear):
+    """y = r ⊙ ((x ⊙ c) wᵀ + b) with learned gates r [N] on rows and c [K] on columns.
+
+    State dict: ``weight``, ``bias`` (only if the base has one), ``row_gate.logits`` and
+    ``column_gate.logits`` (fp32, each only if ``config`` gates that side). With all gates open the
+    output is that of the plain Linear, bit for bit.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+        config: the gates' distribution and constants; None takes `GateConfig`'s defaults.
+
+    Example:
+        >>> layer = FusedGatedLinear(8, 4, config=GateConfig(sparsity=0.5)).eval()
+        >>> layer(torch.ones(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    row_gate: Gate | None
+    column_gate: Gate | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        config: GateConfig | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._attach(GateConfig() if config is None else config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: GateConfig | None = None) -> FusedGatedLinear:
+        """Return a gated layer that shares the weight and bias parameters of ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is not an `nn.Linear`.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._attach(GateConfig() if config is None else config)
+        return layer.train(linear.training)
+
+    def _attach(self, config: GateConfig) -> None:
+        device = self.weight.device
+        self.config = config
+        self.row_gate = Gate(self.out_features, config, device=device) if config.rows else None
+        self.column_gate = Gate(self.in_features, config, device=device) if config.columns else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., K] to y [..., N]; gates are sampled in training, noise-free in evaluation.
+
+        Raises:
+            ValueError: x's last dimension, dtype or device doesn't fit the weight's.
+        """
+        if x.is_cuda or INTERPRETED:
+            return self._sample_in_kernel(x)
+        return gated_linear(
+            x,
+            self.weight,
+            self.bias,
+            None if self.row_gate is None else self.row_gate(),
+            None if self.column_gate is None else self.column_gate(),
+            closed_row_grad=self._closed_grad,
+            backend=self.config.backend,
+        )
+
+    @property
+    def _closed_grad(self) -> bool:
+        return self.config.distribution == "ranking" and self.config.closed_gradient
+
+    def _sample_in_kernel(self, x: Tensor) -> Tensor:
+        """Hand the logits to the op, which samples inside the GEMM: one launch for the layer."""
+        row, column, config = self.row_gate, self.column_gate, self.config
+        seed = None
+        if self.training and config.distribution != "ranking":
+            seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
+        return gated_matmul(
+            x,
+            self.weight,
+            self.bias,
+            None if row is None else row.logits,
+            None if column is None else column.logits,
+            seed,
+            config.distribution,
+            config.constants,
+            row_layout=None if row is None else row.span_width,
+            column_layout=None if column is None else column.span_width,
+            closed_grad=self._closed_grad,
+            backend=config.backend,
+        )
+
+    def gate(self, axis: str) -> Gate | None:
+        """Return the gate of ``"row"`` or ``"column"``, None when that side has none."""
+        return self.row_gate if axis == "row" else self.column_gate
+
+    def extra_repr(self) -> str:
+        """Return the Linear's sizes and the gates' distribution for `repr`."""
+        return f"{super().extra_repr()}, distribution={self.config.distribution!r}"

@@ -1,0 +1,38 @@
+"""Argument checks of the public ops; each raises a ValueError that names the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast casts x; as for ``F.linear``, it leaves fp64 alone."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def check_matrix(x: Tensor, w: Tensor, every_column: bool = True) -> None:
+    """Check that w is a matrix that x [..., K] can meet, on one device."""
+    if w.dim() != 2:
+        raise ValueError(f"w must have 2 dimensions, got shape {tuple(w.shape)}")
+    if x.dim() == 0 or every_column and x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"x must have a last dimension of {w.shape[1]}, got shape {tuple(x.shape)}"
+        )
+    if x.device != w.device:
+        raise ValueError(f"x must be on w's device {w.device}, got {x.device}")
+
+
+def check_vector(name: str, vector: Tensor, w: Tensor, side: int) -> None:
+    """Check a vector of w's rows (side 0) or columns (side 1)."""
+    if vector.shape != (w.shape[side],):
+        raise ValueError(f"{name} must have shape ({w.shape[side]},), got {tuple(vector.shape)}")
+    if vector.device != w.device:
+        raise ValueError(f"{name} must be on w's device {w.device}, got {vector.device}")
+
+
+def check_dtype(name: str, tensor: Tensor, w: Tensor) -> None:
+    """Check a tensor against w's dtype."""
+    if tensor.dtype != w.dtype:
+        raise ValueError(f"{name} must have w's dtype {w.dtype}, got {tensor.dtype}")

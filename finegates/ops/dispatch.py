@@ -1,0 +1,189 @@
+"""Backend choice below the op boundary: an ordered table whose entries answer "why not".
+
+The request is the first of: the layer's own ``backend`` argument, the innermost `use_backend`
+context, ``FINEGATES_BACKEND``. ``auto`` takes the first implementation that can serve the call; a
+named backend that can't raises with its reason.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .. import _env, _native
+from . import _cpu, _triton, packing, reference
+
+_log = logging.getLogger("finegates")
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Args:
+        backend: its public name.
+        why_not: called with the op's arguments; a one-line reason, or None when it can serve.
+        run: called with the op's arguments.
+        status: called without arguments; why the backend can't serve any call here, or None.
+    """
+
+    backend: str
+    why_not: Callable[..., str | None]
+    run: Callable[..., Any]
+    status: Callable[[], str | None]
+
+
+def _never_refuses(*_: Any) -> None:
+    return None
+
+
+def _torch(run: Callable[..., Any]) -> Implementation:
+    return Implementation("torch", _never_refuses, run, _never_refuses)
+
+
+def _native_why_not(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *_: object,
+) -> str | None:
+    if any(t is not None and t.is_inference() for t in (w, b, rows, columns)):
+        return "w, b, rows or columns was made in inference mode, where changes can't be seen"
+    return _cpu.why_not(x, w)
+
+
+def _pruned_linear_native(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    entry = packing.entry(w, b, rows, columns, out_features, x.shape[-1])
+    return _cpu.pruned_linear(x, entry.packed, out_features, activation, residual)
+
+
+def _triton_entry(why_not: Callable[..., str | None], run: Callable[..., Any]) -> Implementation:
+    return Implementation("triton", why_not, run, _triton.status)
+
+
+# Of the two Triton entries of gated_matmul exactly one serves a call: by shape, see `_fold_wins`.
+TABLE: dict[str, tuple[Implementation, ...]] = {
+    "pruned_linear": (
+        Implementation("native", _native_why_not, _pruned_linear_native, _native.reason),
+        _triton_entry(_triton.pruned_why_not, _triton.pruned_linear),
+        _torch(reference.pruned_linear),
+    ),
+    "gated_linear": (
+        _triton_entry(_triton.why_not, _triton.gated_linear),
+        _torch(reference.gated_linear),
+    ),
+    "gated_linear_backward": (
+        _triton_entry(_triton.backward_why_not, _triton.gated_linear_backward),
+        _torch(reference.gated_linear_backward),
+    ),
+    "gated_matmul": (
+        _triton_entry(_triton.fused_why_not, _triton.gated_matmul_fused),
+        _triton_entry(_triton.fold_why_not, _triton.gated_matmul_fold),
+        _torch(reference.gated_matmul),
+    ),
+    "gated_matmul_backward": (
+        _triton_entry(_triton.fused_backward_why_not, _triton.gated_matmul_backward_fused),
+        _triton_entry(_triton.fold_backward_why_not, _triton.gated_matmul_backward_fold),
+        _torch(reference.gated_matmul_backward),
+    ),
+    "norm_gather": (
+        _triton_entry(_triton.norm_gather_why_not, _triton.norm_gather),
+        _torch(reference.norm_gather),
+    ),
+    "open_mass": (
+        _triton_entry(_triton.open_mass_why_not, _triton.open_mass),
+        _torch(reference.open_mass),
+    ),
+    "open_mass_backward": (
+        _triton_entry(_triton.open_mass_backward_why_not, _triton.open_mass_backward),
+        _torch(reference.open_mass_backward),
+    ),
+}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Request a backend for every finegates op inside the block.
+
+    Args:
+        name: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> with use_backend("torch"):
+        ...     requested_backend("auto")
+        'torch'
+    """
+    if name not in _env.BACKENDS:
+        raise ValueError(f"backend must be one of {_env.BACKENDS}, got {name!r}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend(layer: str) -> str:
+    """Return the backend asked for: the layer's, else the context's, else the environment's."""
+    if layer != "auto":
+        return layer
+    return _requested.get() or _env.backend()
+
+
+def is_free() -> bool:
+    """Return whether nobody asked for a backend or for the log, so that the fastest may serve."""
+    return _requested.get() is None and _env.backend() == "auto" and not _env.log_dispatch()
+
+
+def choose(op: str, layer: str, *args: Any) -> Implementation:
+    """Return the implementation of ``op`` that serves this call.
+
+    Args:
+        op: a key of `TABLE`.
+        layer: the calling layer's own request, ``"auto"`` when it has none.
+        args: the op's arguments, as its implementations take them.
+
+    Raises:
+        ValueError: a backend was named and can't serve the call; the message gives its reason.
+    """
+    wanted = requested_backend(layer)
+    reasons = []
+    for entry in TABLE[op]:
+        if wanted not in ("auto", entry.backend):
+            continue
+        reason = entry.why_not(*args)
+        if reason is None:
+            if _env.log_dispatch():
+                _log.info("%s: %s", op, entry.backend)
+            return entry
+        reasons.append(reason)
+        if _env.log_dispatch():
+            _log.info("%s: not %s, %s", op, entry.backend, reason)
+    if reasons:
+        raise ValueError(f"backend={wanted!r} can't run {op}: {'; '.join(reasons)}")
+    raise ValueError(f"backend={wanted!r} has no implementation of {op}")
+
+
+def table() -> list[tuple[str, str, str | None]]:
+    """Return (op, backend, why it can't serve here or None) in order of preference."""
+    return [(op, entry.backend, entry.status()) for op, row in TABLE.items() for entry in row]

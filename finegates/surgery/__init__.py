@@ -1,0 +1,19 @@
+"""Model surgery: put gates in, count what they close, take closed rows and columns out."""
+
+from .budget import GateMap, Removal
+from .controller import GateController
+from .couplings import Architecture, Coupling, Side, architecture_of
+from .gate import gate_
+from .prune import prune_
+
+__all__ = [
+    "Architecture",
+    "Coupling",
+    "GateController",
+    "GateMap",
+    "Removal",
+    "Side",
+    "architecture_of",
+    "gate_",
+    "prune_",
+]

@@ -1,0 +1,127 @@
+"""`GateController`: what happens to the gates around every optimizer step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..penalty import fraction_penalty, per_axis_penalty
+from .budget import GateMap, Removal
+from .couplings import Side
+
+# Above zero, so that the gate is open, and far below any squared gradient.
+_NOTHING_SEEN = 1e-30
+
+
+class GateController:
+    """Runs the schedule of a gated model: importance, budget and penalty, one step at a time.
+
+    Ranking gates. During the warm-up every gate is open and its logit holds the sum of its squared
+    gradients; the optimizer doesn't touch it. When the warm-up ends the logits become the log root
+    mean squared gradient, an importance whose differences survive any common shift. From then on
+    each step ends with a shift of all logits that closes exactly the target's share of parameters.
+
+    Stochastic gates. Each step adds λ · ∂penalty/∂θ to the logits' gradients. The penalty doesn't
+    depend on data, so that it is added once per optimizer step, whatever the accumulation.
+
+    All state lives in the logits and the step number: a checkpoint of the model holds it.
+
+    Args:
+        model: a model that `gate_` has gated.
+        total_steps: number of optimizer steps of the whole run.
+
+    Raises:
+        ValueError: the model has no gated layer, or ``total_steps`` is below 1.
+
+    Example:
+        >>> from finegates import GateConfig, gate_
+        >>> model = gate_(nn.Sequential(nn.Linear(4, 4)), GateConfig(modules=("*",)))
+        >>> optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+        >>> controller = GateController(model, total_steps=4)
+        >>> controller.start()
+        >>> for step in range(4):
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     controller.before_step(step)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     controller.after_step(step)
+        >>> controller.finish().removed > 0
+        True
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        self.map = GateMap(model)
+        self.config = next(iter(self.map.layers.values())).config
+        self.total_steps = total_steps
+        self._ranking = self.config.distribution == "ranking"
+        self._warmup = max(1, round(self.config.warmup * total_steps)) if self._ranking else 0
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """The distinct logits of the model, tied ones once."""
+        return [gate.logits for gate in self.map.gates()]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Begin a fresh run; a resumed run must not call it."""
+        if self._ranking:
+            for logits in self.logits:
+                logits.fill_(_NOTHING_SEEN)
+
+    def before_step(self, step: int) -> None:
+        """Work on the gates' gradients of optimizer step ``step`` (from 0), before it is taken."""
+        if not self._ranking:
+            self._add_penalty_gradient(self.config.target((step + 1) / self.total_steps))
+        elif step < self._warmup:
+            for logits in self.logits:
+                if logits.grad is not None:
+                    logits.data += logits.grad.square()
+                    logits.grad = None
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Rank the units when the warm-up ends, and meet the step's budget from then on."""
+        if not self._ranking or step < self._warmup - 1:
+            return
+        if step == self._warmup - 1:
+            for logits in self.logits:
+                logits.copy_(0.5 * torch.log(logits / self._warmup))
+        self.map.project_(self.config.target((step + 1) / self.total_steps))
+
+    def finish(self) -> Removal:
+        """Meet the final budget exactly, and return what is removed.
+
+        With the per-axis objective nothing is shifted: that method removes what it removes.
+        """
+        if self.config.objective == "fraction":
+            return self.map.project_(self.config.sparsity)
+        return self.map.removal()
+
+    def penalty(self, target: float) -> Tensor:
+        """Return the stochastic objective at ``target`` (before λ), differentiable."""
+        if self.config.objective == "per_axis":
+            sides = {
+                side: gate.spread(gate.open_probability())
+                for side in self.map.sides()
+                if (gate := self.map.gate(side)) is not None
+            }
+            rows = [p for side, p in sides.items() if side.axis == "row"]
+            columns = [p for side, p in sides.items() if side.axis == "column"]
+            return per_axis_penalty(rows, columns, target)
+        alive = self.map.open_probabilities()
+        names = list(self.map.layers)
+        rows = [alive[Side(name, "row")] for name in names]
+        columns = [alive[Side(name, "column")] for name in names]
+        return fraction_penalty(rows, columns, target)
+
+    def _add_penalty_gradient(self, target: float) -> None:
+        logits = self.logits
+        with torch.enable_grad():
+            penalty = self.config.penalty_weight * self.penalty(target)
+        for parameter, gradient in zip(logits, torch.autograd.grad(penalty, logits), strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient

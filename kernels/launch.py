@@ -1,0 +1,165 @@
+"""The launch table as data, and the choice of a row for a shape and a device."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Sizes are int32 in the kernels (offsets are int64); room is left for the last tile's padding.
+MAX_SIZE = 2**31 - 2**10
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Tile(NamedTuple):
+    """Block sizes of one launch: M × N × K of the Linear, whatever the kernel contracts over."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# (kernel, bits of the dtype) → per family of devices the tiles, largest first. resources.json holds
+# what each of them compiles to; tests/test_kernels_compile.py keeps the two together.
+FAMILIES = ("hopper", "blackwell", "ampere", "consumer", "cdna", "interpreter")
+GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
+    ("fwd", 16): {
+        "hopper": (
+            Tile(128, 256, 64, 8, 3),
+            Tile(128, 128, 64, 4, 4),
+            Tile(64, 64, 64, 4, 4),
+            Tile(16, 32, 128, 4, 5),
+        ),
+        "blackwell": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
+        "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
+        "cdna": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x", 16): {
+        "hopper": (Tile(128, 64, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "blackwell": (Tile(128, 64, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "ampere": (Tile(128, 64, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "consumer": (Tile(128, 32, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
+        "cdna": (Tile(128, 64, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_w", 16): {
+        "hopper": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "blackwell": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "ampere": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "consumer": (Tile(32, 128, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
+        "cdna": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
+        "interpreter": (Tile(64, 32, 64, 4, 1),),
+    },
+    # With index maps: an address per element of what is gathered or scattered, so smaller tiles.
+    ("fwd_map", 16): {
+        "hopper": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
+        "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "consumer": (Tile(128, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
+        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x_map", 16): {
+        "hopper": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "ampere": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+        "consumer": (Tile(64, 64, 64, 4, 3),),
+        "cdna": (Tile(64, 64, 64, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    # fp32 runs on the FMA units, bit-faithful to PyTorch's default: registers set the tile.
+    ("fwd", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x_map", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_w", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
+        "interpreter": (Tile(64, 32, 64, 4, 1),),
+    },
+    ("fwd_map", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+}
+# Up to this many tokens a GEMM gathers x in its own loads; beyond, one pass makes it dense first.
+GATHER_ROWS = 64
+# (elements of a row, of a column) a program of the streaming kernels takes.
+STREAM = {"BLOCK_M": 32, "BLOCK": 256, "num_warps": 4}
+REDUCE = {"BLOCK": 64, "BLOCK_T": 32, "num_warps": 4}
+# One row, or one gate vector, a program, in chunks.
+ROW_WISE = {"BLOCK": 1024, "num_warps": 4}
+# Multiply-add contraction, Triton's default until 3.10, where it asks to be told.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+def family(x: Tensor) -> str:
+    """Return the column of `GEMM` for x's device."""
+    if x.device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "cdna"
+    properties = torch.cuda.get_device_properties(x.device)
+    if properties.shared_memory_per_block_optin < 160 * 1024:
+        return "consumer"
+    return {9: "hopper", 10: "blackwell"}.get(properties.major, "ampere")
+
+
+def processors(x: Tensor) -> int:
+    """Return the number of multiprocessors of x's device, 1 in the interpreter."""
+    if x.device.type == "cpu":
+        return 1
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
+    """Return the largest tile that wastes less than half of its rows and fills the device.
+
+    Without one that fills it, the last and smallest: more programs, each with less to do.
+    """
+    row = GEMM[kernel, x.dtype.itemsize * 8][family(x)]
+    for tile in row:
+        if kernel.startswith("fwd"):
+            rows, block_rows, columns, block_columns = m, tile.m, n, tile.n
+        elif kernel.startswith("bwd_x"):
+            rows, block_rows, columns, block_columns = m, tile.m, k, tile.k
+        else:
+            rows, block_rows, columns, block_columns = n, tile.n, k, tile.k
+        if rows <= block_rows // 2:
+            continue
+        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x):
+            return tile
+    return row[-1]
+
+
+def gemm_options(tile: Tile) -> dict[str, Any]:
+    """Return a tile as launch keywords; bands of 8 row tiles share operands in L2."""
+    return {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": 8,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **OPTIONS,
+    }
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return ⌈a / b⌉, at least 1: an empty tensor still launches one masked program."""
+    return max(-(-a // b), 1)

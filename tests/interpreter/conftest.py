@@ -1,0 +1,9 @@
+"""These tests need ``TRITON_INTERPRET=1`` before Triton is imported: a process of their own.
+
+``tests/test_triton_interpreter.py`` starts it, so that a plain ``pytest`` runs them all; by hand:
+``TRITON_INTERPRET=1 python -m pytest tests/interpreter``.
+"""
+
+from finegates.ops import INTERPRETED
+
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]

@@ -1,0 +1,202 @@
+"""The gated GEMM kernels in Triton's interpreter: forward and every gradient against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finegates.ops import _triton, reference
+from gated_case import NAMES, Case, make
+from numerics import assert_no_worse
+
+FUSED = (_triton.gated_matmul_fused, _triton.gated_matmul_backward_fused)
+FOLD = (_triton.gated_matmul_fold, _triton.gated_matmul_backward_fold)
+FROZEN = [True, False, True, True, True]
+PRETRAINING = [True] * 5
+SHAPES = [(65, 129, 200), (33, 70, 1), (1, 1, 67), (7, 65, 64), (40, 3, 130)]
+DTYPES = [torch.float32, torch.float16]
+DISTRIBUTIONS = ["gaussian", "hard_concrete", "ranking"]
+
+
+def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> None:
+    """Compare y and the wanted gradients with fp64, beside plain PyTorch at the same dtype."""
+    forward, backward = how
+    y, r, c = forward(*case.forward_args())
+    _, plain_r, plain_c = reference.gated_matmul(*case.forward_args())
+    torch.testing.assert_close(r, plain_r, atol=2e-6, rtol=0)
+    torch.testing.assert_close(c, plain_c, atol=2e-6, rtol=0)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    exact_y, exact = case.exact(dy, r, c)
+    plain_y = plain_forward(case, r, c)
+    assert_no_worse(y, plain_y, exact_y)
+    grads = backward(*case.backward_args(dy, y, r, c, mask))
+    plain = reference.gated_matmul_backward(*case.backward_args(dy, plain_y, r, c, mask))
+    for name, ours, theirs, true, wanted in zip(NAMES, grads, plain, exact, mask, strict=True):
+        if not wanted or true is None:
+            assert ours.numel() == 0, name
+            continue
+        assert_no_worse(ours.reshape(true.shape), theirs.reshape(true.shape), true)
+
+
+def plain_forward(case: Case, r: Tensor, c: Tensor) -> Tensor:
+    if case.rows is not None or case.columns is not None:
+        return reference.pruned_linear(
+            case.x, case.w, case.b, case.rows, case.columns, case.size[0]
+        )
+    row = None if case.row_logits is None else r.to(case.w.dtype)
+    column = None if case.column_logits is None else c.to(case.w.dtype)
+    return reference.gated_linear(case.x, case.w, case.b, row, column)
+
+
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(
+    shape: Any, dtype: torch.dtype, distribution: str, how: Any, mask: list[bool]
+) -> None:
+    check(make(*shape, dtype=dtype, distribution=distribution), how, mask)
+
+
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+def test_ranking_with_gradients_of_closed_gates(dtype: torch.dtype, mask: list[bool]) -> None:
+    check(make(65, 129, 70, dtype, "ranking", closed_grad=True), FUSED, mask)
+
+
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sides", ["r", "c", ""])
+def test_one_side_and_no_bias(sides: str, bias: bool, distribution: str, how: Any) -> None:
+    case = make(9, 66, 70, distribution=distribution, sides=sides, bias=bias)
+    for mask in (FROZEN, PRETRAINING, [False, False, True, True, False], [False] * 5):
+        check(case, how, mask)
+
+
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_evaluation_has_no_noise(distribution: str, how: Any) -> None:
+    check(make(9, 66, 70, distribution=distribution, noise=False), how, FROZEN)
+
+
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_tied_units_share_logit_and_noise(distribution: str, how: Any) -> None:
+    """(groups, repeats · pairs, width) = (2, 6, 10) on rows, (3, 2, 12) on columns."""
+    case = make(9, 120, 72, distribution=distribution)
+    case.row_layout, case.column_layout = [60, 10], [24, 12]
+    assert case.row_logits is not None
+    assert case.column_logits is not None
+    case.row_logits, case.column_logits = case.row_logits[:20], case.column_logits[:36]
+    check(case, how, FROZEN)
+    _, r, c = how[0](*case.forward_args())
+    spread = r.view(2, 6, 10)
+    assert torch.equal(spread, spread[:, :1].expand_as(spread))
+    assert torch.equal(c.view(3, 2, 12)[:, 0], c.view(3, 2, 12)[:, 1])
+
+
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 5, 0), (3, 0, 7), ((2, 0), 5, 7)], ids=str)
+def test_empty(shape: Any, mask: list[bool], how: Any) -> None:
+    check(make(*shape), how, mask)
+
+
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+def test_all_closed_is_zero_even_of_nan(mask: list[bool], how: Any) -> None:
+    """No tile is loaded, so that not even NaN and Inf get through."""
+    case = make(33, 70, 66)
+    for logits in (case.row_logits, case.column_logits):
+        assert logits is not None
+        logits.fill_(-20.0)
+    case.seed = None
+    check(case, how, mask)
+    y, r, c = how[0](*case.forward_args())
+    assert not torch.cat((y.flatten(), r, c)).any()
+    if how is FUSED:
+        case.x.fill_(float("nan"))
+        case.w.fill_(float("inf"))
+        assert not how[0](*case.forward_args())[0].any()
+
+
+def test_closed_tiles_are_not_loaded() -> None:
+    """Columns 64 … 199 and rows 64 … 128 are closed and hold NaN: tiles of 64 never see them."""
+    case = make(65, 129, 200, distribution="ranking")
+    assert case.row_logits is not None
+    assert case.column_logits is not None
+    case.row_logits[64:], case.column_logits[64:] = -1.0, -1.0
+    clean = FUSED[0](*case.forward_args())
+    dy = torch.randn(65, 129)
+    expected = FUSED[1](*case.backward_args(dy, *clean, FROZEN))
+    case.w[64:], case.w[:, 64:], case.x[:, 64:], dy[:, 64:] = (float("nan"),) * 4
+    y, r, c = FUSED[0](*case.forward_args())
+    assert torch.equal(y, clean[0])
+    got = FUSED[1](*case.backward_args(torch.where(r > 0, dy, 0.0), y, r, c, FROZEN))
+    for name, ours, theirs in zip(NAMES, got, expected, strict=True):
+        if name != "b":
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("how", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+def test_non_contiguous(mask: list[bool], how: Any) -> None:
+    case = make((4, 9), 66, 70)
+    case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
+    case.w = case.w.t().contiguous().t()
+    check(case, how, mask)
+    case.x = torch.stack((case.x, case.x), -1)[..., 0]
+    check(case, how, mask)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_runs_are_bitwise_equal(distribution: str) -> None:
+    case = make(65, 129, 70, distribution=distribution)
+    for forward, backward in (FUSED, FOLD):
+        y, r, c = forward(*case.forward_args())
+        again = forward(*case.forward_args())
+        assert all(torch.equal(a, b) for a, b in zip((y, r, c), again, strict=True))
+        args = case.backward_args(torch.randn_like(y), y, r, c, PRETRAINING)
+        first, second = backward(*args), backward(*args)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_logit_gives_nan() -> None:
+    for distribution in DISTRIBUTIONS:
+        for side in ("row_logits", "column_logits"):
+            case = make(5, 66, 70, distribution=distribution)
+            getattr(case, side)[3] = float("nan")
+            for forward, _ in (FUSED, FOLD):
+                y = forward(*case.forward_args())[0]
+                assert y[:, 3].isnan().all() if side == "row_logits" else y.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+@pytest.mark.parametrize("kept", ["rows", "columns", "both", "none"])
+@pytest.mark.parametrize("m", [5, 65])
+def test_compact_weight_of_ranking_gates(
+    m: int, kept: str, mask: list[bool], dtype: torch.dtype
+) -> None:
+    """5 tokens gather in the GEMM's loads, 65 in a pass of their own (`GATHER_ROWS`)."""
+    case = make(m, 131, 90, dtype, "ranking")
+    assert case.row_logits is not None
+    assert case.column_logits is not None
+    if kept == "none":
+        case.row_logits.fill_(-1.0)
+        case.column_logits.fill_(-1.0)
+    b = case.b
+    assert b is not None
+    if kept != "columns":
+        case.rows = (case.row_logits > 0).nonzero().squeeze(1).int()
+        case.w, case.b = case.w[case.rows.long()], b[case.rows.long()]
+    if kept != "rows":
+        case.columns = (case.column_logits > 0).nonzero().squeeze(1).int()
+        case.w = case.w[:, case.columns.long()]
+    check(case, FUSED, mask)

@@ -1,0 +1,382 @@
+"""The public ops and the gated layer on the Triton backend, in the interpreter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finegates import FusedGatedLinear, GateConfig, use_backend
+from finegates.gates import Gate
+from finegates.ops import (
+    _triton,
+    dispatch,
+    gated_linear,
+    gated_matmul,
+    norm_gather,
+    open_mass,
+    pruned_linear,
+    reference,
+    schema,
+)
+from gated_case import make
+from numerics import assert_no_worse
+
+DTYPES = [torch.float32, torch.float16]
+DTYPE_IDS = ["fp32", "fp16"]
+DISTRIBUTIONS = ["gaussian", "hard_concrete", "ranking"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("closed_row_grad", [True, False])
+@pytest.mark.parametrize("present", ["xwbrc", "xbrc", "xrc", "rc", "b", "xwrc"])
+@pytest.mark.parametrize("given", ["brc", "rc", "r", "c", "b"])
+def test_gated_linear(given: str, present: str, closed_row_grad: bool, dtype: torch.dtype) -> None:
+    """Given gate values, closed ones included: forward and every gradient that is wanted."""
+    g = torch.Generator().manual_seed(0)
+    m, n, k = 35, 70, 67
+    shapes = {"x": (m, k), "w": (n, k), "b": (n,), "r": (n,), "c": (k,)}
+    named = {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+    for gate in "rc":
+        named[gate] = named[gate].abs().clamp(max=1.0) * (named[gate].abs() > 0.4)
+    named = {
+        name: tensor.to(dtype).requires_grad_(name in present)
+        for name, tensor in named.items()
+        if name in "xw" or name in given
+    }
+    dy = torch.randn(m, n, generator=g).to(dtype)
+    wanted = [name for name in named if name in present]
+
+    def run(inputs: dict[str, Tensor], dy: Tensor, backend: str) -> list[Tensor]:
+        y = gated_linear(**inputs, closed_row_grad=closed_row_grad, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, [inputs[name] for name in wanted], dy)]
+
+    if not wanted:
+        pytest.skip("nothing to differentiate")
+    exact_inputs = {
+        k: v.detach().double().requires_grad_(v.requires_grad) for k, v in named.items()
+    }
+    ours, plain = run(named, dy, "triton"), run(named, dy, "torch")
+    exact = run(exact_inputs, dy.double(), "torch")
+    for name, a, b, c in zip(["y", *wanted], ours, plain, exact, strict=True):
+        if name == "r" and not closed_row_grad and "w" in wanted:
+            # The weight's gradient yields closed rows' dr for free; the reference leaves them 0.
+            open_rows = named["r"] != 0
+            a, b, c = a[open_rows], b[open_rows], c[open_rows]
+        assert_no_worse(a, b, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("maps", ["rows", "columns", "both", "none"])
+@pytest.mark.parametrize("m", [1, 70])
+def test_pruned_linear(m: int, maps: str, activation: str, dtype: torch.dtype) -> None:
+    n_out, k_in = 150, 140
+    rows = torch.randperm(n_out)[:90].sort().values.int()
+    columns = torch.randperm(k_in)[:83].sort().values.int()
+    rows_, columns_ = (
+        rows if maps in ("rows", "both") else None,
+        columns if maps in ("columns", "both") else None,
+    )
+    n = n_out if rows_ is None else 90
+    k = k_in if columns_ is None else 83
+    x = torch.randn(2, m, k_in).to(dtype)
+    w = (torch.randn(n, k) / 9).to(dtype)
+    for b, residual in (
+        (torch.randn(n).to(dtype), torch.randn(2, m, n_out).to(dtype)),
+        (None, None),
+    ):
+        args = (x, w, b, rows_, columns_, n_out)
+        y = pruned_linear(*args, activation=activation, residual=residual, backend="triton")
+        wide = [None if t is None else t.double() for t in (w, b, residual)]
+        exact = reference.pruned_linear(
+            x.double(), wide[0], wide[1], rows_, columns_, n_out, activation, wide[2]
+        )
+        assert_no_worse(y, reference.pruned_linear(*args, activation, residual), exact)
+        if rows_ is not None and residual is None:
+            removed = torch.ones(n_out, dtype=torch.bool)
+            removed[rows_.long()] = False
+            assert not y[..., removed].any()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_pruned_linear_of_almost_nothing(kept: int) -> None:
+    rows = torch.tensor([3, 60], dtype=torch.int32)[:kept]
+    x, w, residual = torch.randn(5, 66), torch.randn(kept, 66), torch.randn(5, 100)
+    y = pruned_linear(x, w, None, rows, None, 100, residual=residual, backend="triton")
+    exact = reference.pruned_linear(x, w, None, rows, None, 100, "none", residual)
+    torch.testing.assert_close(y, exact, atol=1e-5, rtol=0)
+    columns = torch.tensor([5, 65], dtype=torch.int32)[:kept]
+    for m in (0, 3, 70):
+        x, b = torch.randn(m, 66), torch.randn(7)
+        y = pruned_linear(x, torch.ones(7, kept), b, None, columns, backend="triton")
+        expected = x[:, columns.long()].sum(1, keepdim=True) + b
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+@pytest.mark.parametrize("k", [1100, 66, 1])
+def test_norm_gather(k: int, norm: str, dtype: torch.dtype) -> None:
+    x = (torch.randn(2, 3, k) + 0.5).to(dtype)
+    columns = torch.randperm(k)[: max(1, k // 2)].sort().values.int()
+    for weight, bias in ((torch.rand(k).to(dtype), torch.randn(k).to(dtype)), (None, None)):
+        y = norm_gather(x, columns, weight, bias, eps=1e-5, norm=norm, backend="triton")
+        plain = reference.norm_gather(x, columns, weight, bias, 1e-5, norm)
+        wide = [None if t is None else t.double() for t in (weight, bias)]
+        exact = reference.norm_gather(x.double(), columns, *wide, 1e-5, norm)
+        assert_no_worse(y, plain, exact)
+    stock = {"rms": F.rms_norm, "layer": F.layer_norm}.get(norm)
+    if stock is not None:
+        torch.testing.assert_close(plain, stock(x, (k,), eps=1e-5)[..., columns.long()])
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_open_mass(distribution: str) -> None:
+    config = GateConfig(distribution=distribution)
+    gates = [Gate(size, config) for size in (5, 1, 1500, 64)]
+    for gate in gates:
+        nn.init.normal_(gate.logits)
+    shift, scale = {
+        "gaussian": (config.offset, config.open_sigma),
+        "hard_concrete": (config.beta * math.log(-config.gamma / config.zeta), 1.0),
+        "ranking": (0.0, 1.0),
+    }[distribution]
+    offsets = torch.tensor([0, 5, 6, 1506, 1570])
+    grads = []
+    for backend in ("triton", "torch"):
+        logits = torch.cat([gate.logits for gate in gates]).detach().requires_grad_()
+        mass = open_mass(logits, offsets, distribution, shift, scale, backend=backend)
+        expected = torch.stack([gate.open_probability().sum() for gate in gates])
+        torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-6)
+        mass.square().sum().backward()
+        grads.append(logits.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    expected.square().sum().backward()
+    if distribution != "ranking":
+        plain = torch.cat([gate.logits.grad for gate in gates])
+        torch.testing.assert_close(grads[0], plain, rtol=1e-4, atol=1e-6)
+
+
+def layer_of(distribution: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    layer = FusedGatedLinear(
+        70, 66, dtype=dtype, config=GateConfig(distribution=distribution, **changes)
+    )
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for gate in (layer.row_gate, layer.column_gate):
+            if gate is not None:
+                noise = torch.randn(gate.logits.shape, generator=g)
+                gate.logits.copy_(noise * 0.7 + gate.config.closing_logit + 0.5)
+    return layer
+
+
+def step(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(7)
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.square().mean().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("closed_gradient", [True, False])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_layer_agrees_with_its_cpu_path(
+    frozen: bool, distribution: str, closed_gradient: bool, training: bool
+) -> None:
+    """Same seed, same samples, same gradients as Gate and the reference give on a CPU."""
+    layer = layer_of(distribution, closed_gradient=closed_gradient).train(training)
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(3, 5, 70)
+    calls = count_calls("gated_matmul")
+    ours = step(layer, x)
+    assert calls["triton"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finegates.nn.gated_linear.INTERPRETED", False)
+        with use_backend("torch"):
+            plain = step(layer, x)
+    assert len(ours) == len(plain) == 2 + 3 + (not frozen)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def count_calls(op: str) -> dict[str, int]:
+    """Count which backend serves an op, by the table's own entries."""
+    calls = {"triton": 0, "torch": 0}
+    entries = []
+    for entry in dispatch.TABLE[op]:
+
+        def run(*args: Any, entry: Any = entry) -> Any:
+            calls[entry.backend] += 1
+            return entry.run(*args)
+
+        entries.append(dispatch.Implementation(entry.backend, entry.why_not, run, entry.status))
+    patch = pytest.MonkeyPatch()
+    patch.setitem(dispatch.TABLE, op, tuple(entries))
+    return calls
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
+def test_checkpointing_recomputes_the_same_gates(distribution: str) -> None:
+    layer = layer_of(distribution)
+    x = torch.randn(5, 70)
+    plain = step(layer, x)
+    recomputed = step(Checkpointed(layer), x)
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_compiles_whole(distribution: str) -> None:
+    layer = layer_of(distribution)
+    x = torch.randn(5, 70)
+    plain = step(layer, x)
+    torch.compiler.reset()
+    compiled = step(torch.compile(layer, fullgraph=True, backend="aot_eager"), x)
+    torch.compiler.reset()
+    for a, b in zip(plain[1:], compiled[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_casts_operands_and_keeps_logits() -> None:
+    layer = layer_of("gaussian")
+    with torch.autocast("cpu", torch.float16):
+        y = layer(torch.randn(5, 70))
+    assert y.dtype == torch.float16
+    y.float().sum().backward()
+    assert layer.row_gate.logits.grad.dtype == torch.float32
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("compact", [False, True])
+def test_opcheck(distribution: str, compact: bool) -> None:
+    case = make((2, 3), 9, 7, distribution=distribution)
+    if compact:
+        if distribution != "ranking":
+            pytest.skip("index maps fit ranking gates")
+        assert case.row_logits is not None
+        case.rows = torch.tensor([0, 4, 8], dtype=torch.int32)
+        case.w, case.b = case.w[:3].clone(), None
+    for name in ("x", "w", "b", "row_logits", "column_logits"):
+        tensor = getattr(case, name)
+        if tensor is not None:
+            setattr(case, name, tensor.clone().requires_grad_())
+    torch.library.opcheck(schema.ops.gated_matmul.default, (*case.forward_args(), "auto"))
+    with torch.no_grad():
+        y, r, c = schema.ops.gated_matmul.default(*case.forward_args(), "auto")
+        args = case.backward_args(torch.randn_like(y), y, r, c, [True] * 5)
+    args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
+    torch.library.opcheck(schema.ops.gated_matmul_backward.default, (*args[:-1], "auto", args[-1]))
+
+
+def test_opcheck_of_the_small_ops() -> None:
+    x, columns = torch.randn(2, 3, 9), torch.tensor([0, 4, 8], dtype=torch.int32)
+    torch.library.opcheck(
+        schema.ops.norm_gather.default, (x, columns, None, None, 1e-6, "rms", "auto")
+    )
+    logits = torch.randn(9, requires_grad=True)
+    offsets = torch.tensor([0, 4, 9])
+    torch.library.opcheck(
+        schema.ops.open_mass.default, (logits, offsets, "gaussian", 0.5, 0.5, "auto")
+    )
+    args = (torch.randn(2), logits.detach(), offsets, "gaussian", 0.5, 0.5, "auto")
+    torch.library.opcheck(schema.ops.open_mass_backward.default, args)
+
+
+def test_only_x_and_y_and_the_gates_are_saved() -> None:
+    """Beside the parameters: x, y, and 4 (N + K) bytes of gate values."""
+    layer = layer_of("gaussian")
+    layer.weight.requires_grad_(False)
+    x = torch.randn(33, 70, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    owned = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr(), y.data_ptr()}
+    extra = {t.data_ptr(): t.nbytes for t in saved if t.data_ptr() not in owned}
+    assert sum(extra.values()) == 4 * (70 + 66)
+
+
+def test_refusals_have_reasons() -> None:
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    for dtype, reason in (
+        (torch.bfloat16, "interpreter truncates bfloat16"),
+        (torch.float64, "no kernel for torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            gated_linear(x.to(dtype), w.to(dtype), backend="triton")
+        gated_linear(x.to(dtype), w.to(dtype))  # auto falls back
+    case = make(3, 5, 7)
+    constants = (case.config.distribution, case.config.constants)
+    args = (case.x, case.w, case.b, case.row_logits, case.column_logits, case.seed, *constants)
+    index = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32)
+    for changes, message in (
+        ({"rows": index}, "rows and columns fit ranking gates"),
+        ({"row_layout": (4, 2)}, "layout of row_logits must tile 5"),
+        ({"out_features": 6}, "out_features must fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_matmul(*args, **changes)
+    for position, value, message in (
+        (3, torch.zeros(4), r"row_logits must be fp32 \[5\]"),
+        (4, torch.zeros(7, dtype=torch.float64), r"column_logits must be fp32 \[7\]"),
+        (5, torch.zeros(1, dtype=torch.int64), r"seed must be int64 \[2\]"),
+        (6, "uniform", "distribution must be one of"),
+        (2, torch.zeros(4), "b must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_matmul(*args[:position], value, *args[position + 1 :])
+
+
+def test_sizes_beyond_int32_are_refused_before_launch() -> None:
+    """A 2³¹-row x as a stride-0 view: no memory, and no launch."""
+    x = torch.zeros(1, 3).expand(2**31, 3)
+    reason = _triton.why_not(x, torch.zeros(4, 3), None, None, None)
+    assert reason is not None
+    assert "a size is above" in reason
+
+
+def test_choice_between_fused_and_fold_says_why() -> None:
+    def reasons(m: int, n: int, k: int, **changes: Any) -> tuple[str | None, str | None]:
+        case = make(1, 1, 1, **changes)
+        args = list(case.forward_args())
+        args[0], args[1] = torch.empty(1, 1).expand(m, k), torch.empty(1, 1).expand(n, k)
+        args[0], args[1] = args[0].half(), args[1].half()
+        args[2] = None
+        return _triton.fused_why_not(*args), _triton.fold_why_not(*args)
+
+    fused, fold = reasons(4096, 768, 768)
+    assert fold is None
+    assert fused is not None
+    assert "folding is faster at 4096×768×768" in fused
+    fused, fold = reasons(64, 2048, 8192)
+    assert fused is None
+    assert fold is not None
+    assert "gates in the GEMM are faster at 64×2048×8192" in fold
+    fused, fold = reasons(4096, 768, 768, distribution="ranking", closed_grad=True)
+    assert fused is None
+    assert fold == "closed gates get a gradient, which a folded weight has lost"

@@ -1,0 +1,122 @@
+"""Which backend serves a call, in which order it was asked for, and what a refusal says."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from finegates import _env
+from finegates.ops import dispatch, gated_linear, pruned_linear, table, use_backend
+from finegates.ops.dispatch import Implementation, choose, requested_backend
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FINEGATES_BACKEND", raising=False)
+    monkeypatch.delenv("FINEGATES_LOG", raising=False)
+
+
+@pytest.fixture
+def two_backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An op with a native backend that refuses 13 and a torch backend that takes all."""
+    ran: list[str] = []
+
+    def entry(backend: str, why_not: Any) -> Implementation:
+        return Implementation(backend, why_not, lambda *_: ran.append(backend), lambda: None)
+
+    row = (
+        entry("native", lambda x: "13 is unlucky" if x == 13 else None),
+        entry("torch", lambda x: None),
+    )
+    monkeypatch.setitem(dispatch.TABLE, "toy", row)
+    return ran
+
+
+def test_auto_takes_the_first_that_can(two_backends: list[str]) -> None:
+    assert choose("toy", "auto", 1).backend == "native"
+    assert choose("toy", "auto", 13).backend == "torch"
+
+
+def test_named_backend_raises_with_its_reason(two_backends: list[str]) -> None:
+    assert choose("toy", "native", 1).backend == "native"
+    assert choose("toy", "torch", 1).backend == "torch"
+    with pytest.raises(ValueError, match="backend='native' can't run toy: 13 is unlucky"):
+        choose("toy", "native", 13)
+    with pytest.raises(ValueError, match="backend='triton' has no implementation of toy"):
+        choose("toy", "triton", 1)
+
+
+def test_layer_wins_over_context_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINEGATES_BACKEND", "triton")
+    assert requested_backend("auto") == "triton"
+    with use_backend("native"):
+        assert requested_backend("auto") == "native"
+        assert requested_backend("torch") == "torch"
+        with use_backend("auto"):
+            assert requested_backend("auto") == "auto"
+        assert requested_backend("auto") == "native"
+    assert requested_backend("auto") == "triton"
+
+
+def test_context_ends_with_an_error_and_stays_in_its_thread() -> None:
+    seen: list[str] = []
+
+    def ask_a_thread_and_fail() -> None:
+        with use_backend("native"):
+            thread = threading.Thread(target=lambda: seen.append(requested_backend("auto")))
+            thread.start()
+            thread.join()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        ask_a_thread_and_fail()
+    assert seen == ["auto"]
+    assert requested_backend("auto") == "auto"
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(ValueError, match="backend must be one of .* got 'cuda'"),
+        use_backend("cuda"),
+    ):
+        pass
+    monkeypatch.setenv("FINEGATES_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FINEGATES_BACKEND must be one of .* got 'cuda'"):
+        gated_linear(torch.ones(1, 2), torch.ones(3, 2))
+
+
+def test_environment_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINEGATES_BACKEND", "triton")
+    x, w = torch.ones(1, 2), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="backend='triton' can't run gated_linear"):
+        gated_linear(x, w)
+    with pytest.raises(ValueError, match="backend='triton' has no implementation of pruned_linear"):
+        pruned_linear(x, w)
+    assert gated_linear(x, w, backend="torch").tolist() == [[2.0] * 3]
+
+
+def test_log_names_choice_and_refusals(
+    two_backends: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="finegates")
+    choose("toy", "auto", 13)
+    assert caplog.messages == []
+    monkeypatch.setenv("FINEGATES_LOG", "1")
+    _env.log_dispatch.cache_clear()
+    choose("toy", "auto", 13)
+    assert caplog.messages == ["toy: not native, 13 is unlucky", "toy: torch"]
+
+
+def test_every_op_ends_with_torch_and_the_table_says_why_not() -> None:
+    rows = table()
+    for op, row in dispatch.TABLE.items():
+        assert row[-1].backend == "torch"
+        assert row[-1].status() is None
+        assert [b for o, b, _ in rows if o == op] == [entry.backend for entry in row]
+    for _, backend, reason in rows:
+        assert backend in _env.BACKENDS
+        assert reason is None or (reason and "\n" not in reason)

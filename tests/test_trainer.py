@@ -1,0 +1,175 @@
+"""Gates inside transformers' Trainer: schedule, optimizer groups, logs, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import finegates.hf
+from finegates import Gate, GateConfig, GateMap, gate_
+from finegates.hf.trainer import GateCallback, GatedTrainer
+from tiny_models import VOCABULARY, build
+
+STEPS = 12
+
+
+class Tokens(torch.utils.data.Dataset[dict[str, Any]]):
+    """Masked language modelling examples that depend only on their index."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(2, VOCABULARY, (7,), generator=generator)
+        return {"input_ids": ids, "labels": ids.roll(1)}
+
+
+class StopAt(TrainerCallback):
+    """Ends the run early, as an interruption after a checkpoint does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = state.global_step >= self.step
+        return control
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    fields: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2, "save_steps": 5, "logging_steps": 1, "report_to": "none",
+        "disable_tqdm": True, "dataloader_pin_memory": False, "use_cpu": True,
+    }  # fmt: skip
+    return TrainingArguments(**{**fields, **changes})
+
+
+def gated(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    return gate_(build("bert"), GateConfig(**changes))
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def test_trainer_meets_the_budget_and_logs_it(tmp_path: Path) -> None:
+    model = gated(sparsity=0.4)
+    trainer = GatedTrainer(model=model, args=arguments(tmp_path), train_dataset=Tokens())
+    trainer.train()
+    assert GateMap(model).removal().fraction == pytest.approx(0.4, abs=0.01)
+    removed = [entry["removed"] for entry in trainer.state.log_history if "loss" in entry]
+    assert removed[0] == 0.0
+    assert removed == sorted(removed)
+    assert removed[-1] == pytest.approx(0.4, abs=0.01)
+
+
+def test_logits_have_their_own_group(tmp_path: Path) -> None:
+    model = gated(gate_learning_rate=0.03)
+    trainer = GatedTrainer(
+        model=model, args=arguments(tmp_path, weight_decay=0.1), train_dataset=Tokens()
+    )
+    *others, gates = trainer.create_optimizer().param_groups
+    assert gates["lr"] == 0.03
+    assert gates["weight_decay"] == 0.0
+    expected = {id(gate.logits) for gate in GateMap(model).gates()}
+    assert {id(p) for p in gates["params"]} == expected
+    rest = {id(p) for p in model.parameters() if p.requires_grad} - expected
+    assert {id(p) for group in others for p in group["params"]} == rest
+
+
+@pytest.mark.parametrize("distribution", ["ranking", "gaussian"])
+@pytest.mark.parametrize("stop", [2, 5], ids=["in-warmup", "in-ramp"])
+def test_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, distribution: str, stop: int
+) -> None:
+    """Bit for bit: the controller's state is in the logits, the rest is the Trainer's."""
+    fields = {"distribution": distribution, "warmup": 0.3, "ramp": 0.5}
+    whole = gated(**fields)
+    GatedTrainer(model=whole, args=arguments(tmp_path / "a"), train_dataset=Tokens()).train()
+
+    first = gated(**fields)
+    interrupted = arguments(tmp_path / "b", save_steps=stop)
+    GatedTrainer(
+        model=first, args=interrupted, train_dataset=Tokens(), callbacks=[StopAt(stop)]
+    ).train()
+    second = gated(**fields)
+    GatedTrainer(model=second, args=interrupted, train_dataset=Tokens()).train(
+        resume_from_checkpoint=True
+    )
+    resumed = state(second)
+    for name, tensor in state(whole).items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_interrupted_run_is_not_hardened(tmp_path: Path) -> None:
+    """Ending early leaves the logits where the schedule was."""
+    model = gated(warmup=0.5, ramp=0.5)
+    GatedTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=Tokens(), callbacks=[StopAt(3)]
+    ).train()
+    assert GateMap(model).removal().removed == 0
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    runs = []
+    for name, size, accumulate in (("a", 4, 1), ("b", 2, 2)):
+        model = gated().double().eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = GatedTrainer(
+            model=model,
+            args=arguments(
+                tmp_path / name,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulate,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=Tokens(),
+        )
+        trainer.train()
+        runs.append(torch.cat([gate.logits.detach() for gate in GateMap(model).gates()]))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-3)
+
+
+def test_callback_serves_a_plain_trainer(tmp_path: Path) -> None:
+    model = gated(sparsity=0.3)
+    Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=Tokens(), callbacks=[GateCallback()]
+    ).train()
+    assert GateMap(model).removal().fraction == pytest.approx(0.3, abs=0.01)
+
+
+def test_ungated_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gate_"):
+        GatedTrainer(model=build("bert"), args=arguments(tmp_path), train_dataset=Tokens()).train()
+
+
+def test_gate_count_of_roberta_base() -> None:
+    """FIELD.md: 165,888 independent gates on RoBERTa-base's six Linears a block."""
+    with torch.device("meta"):
+        model = build_meta("roberta", 12, hidden_size=768, heads=12, inner=3072)
+    config = GateConfig(tie="none")
+    gate_(model, config)
+    assert sum(m.logits.numel() for m in model.modules() if isinstance(m, Gate)) == 165_888
+
+
+def build_meta(model_type: str, layers: int, hidden_size: int, heads: int, inner: int) -> Any:
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM.from_config(
+        AutoConfig.for_model(
+            model_type, num_hidden_layers=layers, hidden_size=hidden_size,
+            num_attention_heads=heads, intermediate_size=inner,
+        )
+    )  # fmt: skip
+
+
+def test_hf_package_is_registered() -> None:
+    assert finegates.hf.FineGatesQuantizer is not None
