@@ -156,7 +156,7 @@ Case make_case(Random& random) {
   pack(shape, weight.data, c.bias.data(), c.packed.get(), c.packed_size);
   Bytes back(c.n * c.k * type_bytes(c.weight_type), 0);
   unpack_weight(view(c.packed.get(), c.packed_size), back.data);
-  if (c.n * c.k && std::memcmp(back.data, weight.data, c.n * c.k * type_bytes(c.weight_type))) {
+  if (c.n * c.k > 0 && std::memcmp(back.data, weight.data, c.n * c.k * type_bytes(c.weight_type))) {
     die("unpacked weight differs");
   }
   return c;
@@ -201,7 +201,7 @@ void check_rows_alone(const Case& c, const uint8_t* y, Random& random) {
     one.x = c.x->data + r * c.stride * type_bytes(c.type);
     if (c.has_residual) one.residual = c.residual->data + r * row_bytes;
     pruned_linear(one);
-    if (row_bytes && std::memcmp(alone.data, y + r * row_bytes, row_bytes)) {
+    if (row_bytes > 0 && std::memcmp(alone.data, y + r * row_bytes, row_bytes)) {
       die("a row alone differs from the same row in the batch");
     }
   }
