@@ -293,9 +293,20 @@ void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, i
   }
 }
 
+// c *= up
+void multiply_by(const float* up, float* c, int64_t rows, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int64_t at = r * stride + v * Vec::kLanes;
+      Vec::store(c + at, Vec::mul(Vec::load(c + at), Vec::load(up + at)));
+    }
+  }
+}
+
 void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
-            float* c, int64_t c_stride) {
+            float* c, int64_t c_stride, const float* up) {
   activate(call.activation, c, rows, c_stride);
+  if (call.pair) multiply_by(up, c, rows, c_stride);
   if (call.type == Type::kF32) {
     scatter<float>(call, first_row, rows, panel, limit, c, c_stride);
   } else {
@@ -327,6 +338,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
   const int64_t tiles = (rows + Vec::tile_rows(K) - 1) / Vec::tile_rows(K);
   constexpr int64_t kChain = Vec::chain(K);
   const int64_t limit = p.row_segments[last_panel].start;
+  const int64_t up_offset = result_floats(rows);
   for (int64_t panel = first_panel; panel < last_panel;) {
     // Panels that share a K block of gathered rows while it is in L2, and, where a single tile
     // holds all rows, panels multiplied at once.
@@ -355,24 +367,28 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
           const int64_t tile_rows = (rows - tile_row) / (tiles - t);
           const Shapes& shape = shapes_of<K>(tile_rows);
           float* const tile_c = c + tile_row * c_stride + q * kPanel;
-          // At least once, also without columns: the bias still has to arrive.
-          for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
-            TileArgs args;
-            args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
-                     (unit - first_unit) * (row_stride(K) / kUnits);
-            args.w = p.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
-            args.panel_bytes = p.panel_bytes;
-            args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
-            args.c = tile_c;
-            args.c_stride = c_stride;
-            args.addend = unit == 0 ? p.bias + (panel + q) * kPanel : tile_c;
-            args.addend_stride = unit == 0 ? 0 : c_stride;
-            run_tile(shape, args, group, vecs);
+          for (int half = 0; half <= (call.pair ? 1 : 0); ++half) {
+            const Packed& weights = half == 0 ? p : call.up;
+            float* const half_c = tile_c + half * up_offset;
+            // At least once, also without columns: the bias still has to arrive.
+            for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
+              TileArgs args;
+              args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
+                       (unit - first_unit) * (row_stride(K) / kUnits);
+              args.w = weights.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
+              args.panel_bytes = p.panel_bytes;
+              args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
+              args.c = half_c;
+              args.c_stride = c_stride;
+              args.addend = unit == 0 ? weights.bias + (panel + q) * kPanel : half_c;
+              args.addend_stride = unit == 0 ? 0 : c_stride;
+              run_tile(shape, args, group, vecs);
+            }
           }
           if (last_block) {
             for (int64_t g = 0; g < group; ++g) {
               finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
-                     tile_c + g * kPanel, c_stride);
+                     tile_c + g * kPanel, c_stride, tile_c + g * kPanel + up_offset);
             }
           }
           tile_row += tile_rows;

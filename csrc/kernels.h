@@ -28,6 +28,8 @@ constexpr int64_t block_bytes(Kind kind, int64_t rows) {
 
 struct Call {
   Packed layer;
+  Packed up;  // the second layer of a gated pair, if `pair`; same tables as `layer`
+  bool pair;
   Kind kind;
   Activation activation;
   Type type;  // of x, residual and y
@@ -53,6 +55,8 @@ struct Kernels {
 
 constexpr int kMaxGroup = 4;  // most panels one tile covers
 constexpr int kMaxSpan = 4;   // most panels whose results wait together
+
+constexpr int64_t result_floats(int64_t rows) { return rows * kPanel * kMaxSpan + kChunk; }
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;

@@ -200,7 +200,24 @@ void read_index(const Segment* segments, const uint16_t* masks, int64_t blocks, 
   }
 }
 
+bool same_table(const Segment* a, const uint16_t* a_masks, const Segment* b,
+                const uint16_t* b_masks, int64_t blocks) {
+  return std::memcmp(a, b, (blocks + 1) * sizeof(Segment)) == 0 &&
+         std::memcmp(a_masks, b_masks, a[blocks].chunk * sizeof(uint16_t)) == 0;
+}
+
 }  // namespace
+
+bool same_columns(const Packed& a, const Packed& b) {
+  return a.type == b.type && a.in_features == b.in_features && a.columns == b.columns &&
+         same_table(a.column_segments, a.column_masks, b.column_segments, b.column_masks,
+                    a.column_blocks);
+}
+
+bool same_rows(const Packed& a, const Packed& b) {
+  return a.out_features == b.out_features && a.rows == b.rows &&
+         same_table(a.row_segments, a.row_masks, b.row_segments, b.row_masks, a.row_blocks);
+}
 
 size_t packed_bytes(const LayerShape& shape) { return offsets_of(header_of(shape)).total; }
 

@@ -82,6 +82,10 @@ void pack(const LayerShape& shape, const void* weight, const float* bias, void* 
           size_t bytes);
 Packed view(const void* buffer, size_t bytes);
 
+// Whether x is gathered alike for both layers, and whether their results are scattered alike.
+bool same_columns(const Packed& a, const Packed& b);
+bool same_rows(const Packed& a, const Packed& b);
+
 void unpack_weight(const Packed& packed, void* weight);
 void unpack_indices(const Packed& packed, int32_t* rows, int32_t* columns);
 

@@ -1,8 +1,10 @@
 // finegates._C: pointers in, pointers out. finegates/ops/_cpu.py is the only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "isa.h"
 #include "layout.h"
@@ -73,14 +75,40 @@ void unpack(uintptr_t packed, size_t bytes, uintptr_t weight, uintptr_t rows, ui
                             reinterpret_cast<int32_t*>(columns));
 }
 
+Activation activation_of(int code) {
+  if (code < 0 || code > 4) throw std::invalid_argument("unknown activation code");
+  return static_cast<Activation>(code);
+}
+
 void pruned_linear(uintptr_t packed, size_t bytes, uintptr_t x, int64_t m, int64_t in_features,
                    int64_t x_stride, int type, uintptr_t y, int64_t out_features,
                    uintptr_t residual, int activation) {
-  if (activation < 0 || activation > 4) throw std::invalid_argument("unknown activation code");
   finegates::pruned_linear(
       {reinterpret_cast<const void*>(packed), bytes, reinterpret_cast<const void*>(x), m,
        in_features, x_stride, type_of(type), reinterpret_cast<void*>(y), out_features,
-       reinterpret_cast<const void*>(residual), static_cast<Activation>(activation)});
+       reinterpret_cast<const void*>(residual), activation_of(activation), nullptr, 0});
+}
+
+void pruned_glu(uintptr_t gate, size_t gate_bytes, uintptr_t up, size_t up_bytes, uintptr_t x,
+                int64_t m, int64_t in_features, int64_t x_stride, int type, uintptr_t y,
+                int64_t out_features, int activation) {
+  if (up == 0) throw std::invalid_argument("packed buffer: too short for a header");
+  finegates::pruned_linear(
+      {reinterpret_cast<const void*>(gate), gate_bytes, reinterpret_cast<const void*>(x), m,
+       in_features, x_stride, type_of(type), reinterpret_cast<void*>(y), out_features, nullptr,
+       activation_of(activation), reinterpret_cast<const void*>(up), up_bytes});
+}
+
+// layers: a sequence of (packed, bytes, y, out_features).
+void pruned_linears(const std::vector<std::tuple<uintptr_t, size_t, uintptr_t, int64_t>>& layers,
+                    uintptr_t x, int64_t m, int64_t in_features, int64_t x_stride, int type) {
+  std::vector<finegates::LinearArgs> args;
+  for (const auto& [packed, bytes, y, out_features] : layers) {
+    args.push_back({reinterpret_cast<const void*>(packed), bytes, reinterpret_cast<const void*>(x),
+                    m, in_features, x_stride, type_of(type), reinterpret_cast<void*>(y),
+                    out_features, nullptr, Activation::kNone, nullptr, 0});
+  }
+  finegates::pruned_linears(args.data(), static_cast<int>(args.size()));
 }
 
 }  // namespace
@@ -94,4 +122,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("describe", &describe);
   m.def("unpack", &unpack, unlocked());
   m.def("pruned_linear", &pruned_linear, unlocked());
+  m.def("pruned_linears", &pruned_linears, unlocked());
+  m.def("pruned_glu", &pruned_glu, unlocked());
 }

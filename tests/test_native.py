@@ -259,6 +259,65 @@ def test_unpack_is_exact(
     assert _cpu.describe(layer.packed)[1:5] == (*layer.weight.shape, n, k)
 
 
+@pytest.mark.parametrize("weight_dtype", [F32, BF16], ids=["w32", "w16"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["x32", "x16", "xhalf"])
+@pytest.mark.parametrize("m", [0, 1, 3, 30, 600])
+def test_layers_of_one_input_together(
+    m: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """Query, key, value: same columns, other columns, all columns, none; bitwise as alone."""
+    layers = [
+        Layer(50, 40, 33, 29, weight_dtype, seed=1),
+        Layer(70, 40, 0, 29, weight_dtype, seed=2),
+        Layer(0, 40, None, 29, weight_dtype, seed=2),
+        Layer(20, 40, None, None, weight_dtype, seed=3),
+        Layer(130, 40, 101, 31, F32, seed=4),
+    ]
+    columns = layers[0].columns
+    assert columns is not None
+    shared = _cpu.prepare(layers[0].weight[::2], None, None, columns, None, 40)
+    x = random(m, 40, dtype=dtype)
+    packed = [*(layer.packed for layer in layers), shared]
+    sizes = [*(layer.out_features for layer in layers), 17]
+    for y, p, n in zip(_cpu.pruned_linears(x, packed, sizes), packed, sizes, strict=True):
+        assert torch.equal(y, _cpu.pruned_linear(x, p, n))
+    strided = random(m, 80, dtype=dtype)[:, 7:47]
+    for y, p, n in zip(_cpu.pruned_linears(strided, packed, sizes), packed, sizes, strict=True):
+        assert torch.equal(y, _cpu.pruned_linear(strided, p, n))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("activation", list(ACTIVATE))
+def test_gated_pair(activation: str, dtype: torch.dtype) -> None:
+    weight_dtype = F32 if dtype is F16 else dtype
+    gate = Layer(97, 900, 71, 701, weight_dtype, seed=1)
+    up = _cpu.prepare(gate.weight.flip(0), gate.bias, gate.rows, gate.columns, 97, 900)
+    assert gate.rows is not None
+    assert gate.columns is not None
+
+    def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+        kept = x.index_select(-1, gate.columns).to(dtype)
+        w, b = gate.weight.to(dtype), gate.bias.to(dtype)
+        z = ACTIVATE[activation](F.linear(kept, w, b)) * F.linear(kept, w.flip(0), b)
+        return torch.zeros(*x.shape[:-1], 97, dtype=dtype).index_copy_(-1, gate.rows.long(), z)
+
+    for m in (0, 1, 2, 5, 33):
+        x = random(m, 900, dtype=dtype)
+        y = _cpu.pruned_glu(x, gate.packed, up, 97, activation)
+        assert_no_worse(y, plain(x, dtype), plain(x, torch.float64), 4 * gate.magnitude(x))
+        if m == 33:
+            assert torch.equal(_cpu.pruned_glu(x[20:21], gate.packed, up, 97, activation), y[20:21])
+
+
+def test_gated_pair_must_match() -> None:
+    x = random(2, 40)
+    gate, other = Layer(50, 40, 33, 29), Layer(50, 40, 33, 29, seed=1)
+    with pytest.raises(ValueError, match="same rows and columns"):
+        _cpu.pruned_glu(x, gate.packed, other.packed, 50)
+    with pytest.raises(ValueError, match="8 layers"):
+        _cpu.pruned_linears(x, [gate.packed] * 9, [50] * 9)
+
+
 def test_packed_memory_is_small() -> None:
     layer = Layer(2048, 2048, 1587, 1587, BF16)
     assert layer.packed.numel() <= 1.05 * 2 * layer.weight.numel()

@@ -12,6 +12,7 @@ there only where no gradient is wanted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -238,6 +239,76 @@ def pruned_linear(
         code,
     )
     return y
+
+
+def pruned_linears(
+    x: Tensor, packed: Sequence[Tensor], out_features: Sequence[int]
+) -> list[Tensor]:
+    """Return ``[pruned_linear(x, p, n) for p, n in zip(packed, out_features)]`` in one call.
+
+    For layers that read the same input (query, key, value; gate, up): one parallel region, and x
+    is gathered once for layers that keep the same columns. At most 8 layers.
+    """
+    wide, kind, stride = _operand(x)
+    buffers = [_aligned(p) for p in packed]
+    leading, k = wide.shape[:-1], wide.shape[-1]
+    ys = [torch.empty(*leading, n, dtype=wide.dtype) for n in out_features]
+    layers = [
+        (p.data_ptr(), p.numel(), y.data_ptr(), n)
+        for p, y, n in zip(buffers, ys, out_features, strict=True)
+    ]
+    _C.pruned_linears(layers, wide.data_ptr(), leading.numel(), k, stride, kind)
+    return ys if wide.dtype is x.dtype else [y.to(x.dtype) for y in ys]
+
+
+def pruned_glu(
+    x: Tensor, gate: Tensor, up: Tensor, out_features: int, activation: str = "silu"
+) -> Tensor:
+    """Return ``act(pruned_linear(x, gate)) * pruned_linear(x, up)`` without storing either.
+
+    Args:
+        x (`Tensor` [..., in_features]): float32, bfloat16 or (converted) float16.
+        gate, up (`Tensor` [bytes]): from :func:`prepare`, same dtype, kept rows and columns.
+        out_features (`int`): the full output size of both.
+        activation (`str`): silu (SwiGLU), gelu or gelu_tanh (GEGLU), relu or none.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    wide, kind, stride = _operand(x)
+    gate, up = _aligned(gate), _aligned(up)
+    leading, k = wide.shape[:-1], wide.shape[-1]
+    y = torch.empty(*leading, out_features, dtype=wide.dtype)
+    _C.pruned_glu(
+        gate.data_ptr(),
+        gate.numel(),
+        up.data_ptr(),
+        up.numel(),
+        wide.data_ptr(),
+        leading.numel(),
+        k,
+        stride,
+        kind,
+        y.data_ptr(),
+        out_features,
+        ACTIVATIONS[activation],
+    )
+    return y if wide.dtype is x.dtype else y.to(x.dtype)
+
+
+def _operand(x: Tensor) -> tuple[Tensor, int, int]:
+    """Return x as the kernels read it (float16 in float32), its type code and row stride."""
+    if x.dtype is torch.float16:
+        x = x.float()
+    kind = _TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu or x.dim() == 0:
+        raise TypeError(
+            "x must be a float32, bfloat16 or float16 CPU tensor with a last dimension, "
+            f"got {x.dim()}-D {x.dtype} on {x.device}"
+        )
+    k = x.shape[-1]
+    if x.dim() == 2 and not x.is_contiguous() and x.stride(1) == 1 and x.stride(0) >= k:
+        return x, kind, x.stride(0)
+    return x.contiguous(), kind, k
 
 
 def _converted(
