@@ -35,10 +35,19 @@ struct TileArgs {
 // V is Vec, as a parameter so that levels without a dot product need not have one.
 template <Kind K, class V>
 FG_INLINE F accumulate(F w, F x, F acc) {
-  if constexpr (K == Kind::kDot) {
+  if constexpr (is_dot(K)) {
     return V::dot(w, x, acc);
   } else {
     return V::fma(w, x, acc);
+  }
+}
+
+template <Kind K, class V>
+FG_INLINE F widen_i8(F w, int part) {
+  if constexpr (is_dot(K)) {
+    return V::i8_pairs(w, part);
+  } else {
+    return V::i8_floats(w, part);
   }
 }
 
@@ -68,6 +77,21 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
       for (int j = 0; j < kN; ++j) acc[r][j] = Vec::fma(wv[j], even_x, acc[r][j]);
 #pragma GCC unroll 8
       for (int j = 0; j < kN; ++j) acc[r][j] = Vec::fma(odd[j], odd_x, acc[r][j]);
+    }
+  } else if constexpr (K == Kind::kI8 || K == Kind::kI8Dot) {
+    // Four FMAs or two dot products of the widened weight, each with its own unit of x.
+    constexpr int kParts = K == Kind::kI8 ? 4 : 2;
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      F wide[kN];
+#pragma GCC unroll 8
+      for (int j = 0; j < kN; ++j) wide[j] = widen_i8<K, Vec>(wv[j], part);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const F x = Vec::broadcast(reinterpret_cast<const float*>(a + r * row_stride(K)) + part);
+#pragma GCC unroll 8
+        for (int j = 0; j < kN; ++j) acc[r][j] = accumulate<K, Vec>(wide[j], x, acc[r][j]);
+      }
     }
   } else {
 #pragma GCC unroll 16
@@ -129,7 +153,7 @@ struct Shapes {
 
 template <Kind K, int MR>
 constexpr Shapes shapes() {
-  constexpr int kGroup = Vec::group(MR);
+  constexpr int kGroup = Vec::group(K, MR);
   constexpr int kVecs = Vec::vecs(MR);
   return {kGroup,
           kVecs,
@@ -303,8 +327,24 @@ void multiply_by(const float* up, float* c, int64_t rows, int64_t stride) {
   }
 }
 
+// c = c * scale + bias, of int8 weights.
+void rescale(const Packed& p, int64_t panel, float* c, int64_t rows, int64_t stride) {
+  for (int v = 0; v < kPanelVecs; ++v) {
+    const int64_t at = panel * kPanel + v * Vec::kLanes;
+    const F scale = Vec::load(p.scale + at), bias = Vec::load(p.bias + at);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* value = c + r * stride + v * Vec::kLanes;
+      Vec::store(value, Vec::fma(Vec::load(value), scale, bias));
+    }
+  }
+}
+
 void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
-            float* c, int64_t c_stride, const float* up) {
+            float* c, int64_t c_stride, float* up) {
+  if (call.layer.scale != nullptr) {
+    rescale(call.layer, panel, c, rows, c_stride);
+    if (call.pair) rescale(call.up, panel, up, rows, c_stride);
+  }
   activate(call.activation, c, rows, c_stride);
   if (call.pair) multiply_by(up, c, rows, c_stride);
   if (call.type == Type::kF32) {
@@ -327,6 +367,9 @@ void run_tile(const Shapes& shape, TileArgs args, int64_t group, int vecs) {
     v += done;
   }
 }
+
+// What the sums of int8 weights start from: bias comes after the scale.
+alignas(64) constexpr float kZeros[kPanel * kMaxGroup] = {};
 
 template <Kind K>
 void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
@@ -380,7 +423,8 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
               args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
               args.c = half_c;
               args.c_stride = c_stride;
-              args.addend = unit == 0 ? weights.bias + (panel + q) * kPanel : half_c;
+              const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;
+              args.addend = unit == 0 ? first : half_c;
               args.addend_stride = unit == 0 ? 0 : c_stride;
               run_tile(shape, args, group, vecs);
             }
@@ -410,6 +454,13 @@ void multiply_any(const Call& call, int64_t first_row, int64_t rows, int64_t fir
       if constexpr (Vec::kHasDot) {
         return multiply<Kind::kDot>(call, first_row, rows, first_panel, last_panel, a, c);
       }
+      return;
+    case Kind::kI8:
+      return multiply<Kind::kI8>(call, first_row, rows, first_panel, last_panel, a, c);
+    case Kind::kI8Dot:
+      if constexpr (Vec::kHasDot) {
+        return multiply<Kind::kI8Dot>(call, first_row, rows, first_panel, last_panel, a, c);
+      }
   }
 }
 
@@ -427,22 +478,23 @@ void gather(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
       Out* out = reinterpret_cast<Out*>(a + block * block_bytes(call.kind, rows) + r * stride);
       out = Vec::gather(out, in + segment.start, p.column_masks + segment.chunk,
                         next.start - segment.start);
-      // The pair of a last odd column; its weight is zero, but zero times NaN is not.
-      if (unit_length(p.type) == 2) *out = 0;
+      // What a last incomplete unit lacks; its weights are zero, but zero times NaN is not.
+      for (int i = 1; i < unit_length(p.type); ++i) *out++ = 0;
     }
   }
 }
 
 void gather_any(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
   if (call.type == Type::kF32) return gather<float, float>(call, first_row, rows, a);
-  if (call.kind != Kind::kDot) return gather<uint16_t, float>(call, first_row, rows, a);
+  if (!is_dot(call.kind)) return gather<uint16_t, float>(call, first_row, rows, a);
   if constexpr (Vec::kHasDot) gather<uint16_t, uint16_t>(call, first_row, rows, a);
 }
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           Vec::kHasDot,
-          {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot)},
+          {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot),
+           Vec::tile_rows(Kind::kI8), Vec::tile_rows(Kind::kI8Dot)},
           gather_any,
           multiply_any};
 }

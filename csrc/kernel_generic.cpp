@@ -13,10 +13,10 @@ struct Vec {
   typedef uint32_t U __attribute__((vector_size(16)));
 
   static constexpr int tile_rows(Kind) { return 4; }
-  static constexpr int group(int) { return 1; }
+  static constexpr int group(Kind, int) { return 1; }
   static constexpr int vecs(int rows) { return rows <= 1 ? 8 : rows <= 2 ? 4 : 2; }
   // Units summed in one chain before they join the total; short, as nothing is fused here.
-  static constexpr int chain(Kind) { return 64; }
+  static constexpr int chain(Kind kind) { return kind == Kind::kI8 ? 16 : 64; }
 
   static F zero() { return F{}; }
   static F set(float x) { return F{x, x, x, x}; }
@@ -35,6 +35,17 @@ struct Vec {
   static F power_of_two(F shifted) { return F((U(shifted) << 23) + 0x3f800000u); }
   static F low_half(F pairs) { return F(U(pairs) << 16); }
   static F high_half(F pairs) { return F(U(pairs) & 0xffff0000u); }
+
+  // Bytes 2p and 2p + 1 of four outputs' pairs: sign and magnitude to fp32.
+  static F i8_floats(F four, int part) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&four) + part / 2 * 8 + part % 2;
+    F out;
+    for (int i = 0; i < 4; ++i) {
+      const float magnitude = static_cast<float>(bytes[2 * i] & 127);
+      out[i] = bytes[2 * i] & 128 ? -magnitude : magnitude;
+    }
+    return out;
+  }
 
   template <class In>
   static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {

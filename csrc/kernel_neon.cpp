@@ -13,11 +13,13 @@ struct Vec {
   using F = float32x4_t;
 
   // 6 rows by 4 vectors: 24 accumulators, 4 weights, 1 broadcast of 32 registers.
-  static constexpr int tile_rows(Kind kind) { return kind == Kind::kWide ? 5 : 6; }
-  static constexpr int group(int) { return 1; }
+  static constexpr int tile_rows(Kind kind) { return kind == Kind::kF32 ? 6 : 5; }
+  static constexpr int group(Kind, int) { return 1; }
   static constexpr int vecs(int rows) { return rows <= 2 ? 8 : 4; }
   // Units summed in one chain before they join the total: 384 products.
-  static constexpr int chain(Kind kind) { return kind == Kind::kWide ? kUnits / 2 : kUnits; }
+  static constexpr int chain(Kind kind) {
+    return kind == Kind::kI8 ? kUnits / 4 : kind == Kind::kWide ? kUnits / 2 : kUnits;
+  }
 
   static F zero() { return vdupq_n_f32(0.0f); }
   static F set(float x) { return vdupq_n_f32(x); }
@@ -41,6 +43,17 @@ struct Vec {
   }
   static F high_half(F pairs) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(pairs), vdupq_n_u32(0xffff0000u)));
+  }
+
+  // Columns 0 to 3 of four outputs: sign and magnitude to fp32.
+  static F i8_floats(F four, int part) {
+    const uint8x16_t bytes = vreinterpretq_u8_f32(four);
+    const uint8x8_t pairs = part < 2 ? vget_low_u8(bytes) : vget_high_u8(bytes);
+    const uint32x4_t lanes = vreinterpretq_u32_u16(vshll_n_u8(pairs, 8));
+    const uint32x4_t top = part % 2 == 0 ? vshlq_n_u32(lanes, 16) : lanes;
+    const uint32x4_t magnitude = vandq_u32(vshrq_n_u32(top, 24), vdupq_n_u32(127));
+    const uint32x4_t sign = vandq_u32(top, vdupq_n_u32(0x80000000u));
+    return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(vcvtq_f32_u32(magnitude)), sign));
   }
 
   template <class In>

@@ -13,11 +13,18 @@ enum class Kind : int {
   kF32 = 0,   // fp32 x, fp32 weight: one FMA a unit
   kWide = 1,  // fp32 x, bf16 weight widened in registers: two FMAs a unit
   kDot = 2,   // bf16 x, bf16 weight: one dot product of two pairs a unit
+  kI8 = 3,    // fp32 x, int8 weight widened to fp32: four FMAs a unit
+  kI8Dot = 4  // bf16 x, int8 weight widened to bf16: two dot products a unit
 };
-constexpr int kKinds = 3;
+constexpr int kKinds = 5;
+constexpr bool is_dot(Kind kind) { return kind == Kind::kDot || kind == Kind::kI8Dot; }
 
-// Bytes of one gathered row in one K block.
-constexpr int row_stride(Kind kind) { return kind == Kind::kWide ? kUnits * 8 : kUnits * 4; }
+// Bytes of one gathered row in one K block: a unit of 1, 2, 2, 4 or 4 columns of x.
+constexpr int row_stride(Kind kind) {
+  return kind == Kind::kI8                             ? kUnits * 16
+         : kind == Kind::kWide || kind == Kind::kI8Dot ? kUnits * 8
+                                                       : kUnits * 4;
+}
 
 constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
 

@@ -17,8 +17,8 @@ namespace {
 using finegates::Activation;
 using finegates::Type;
 
-Type type_of(int code) {
-  if (code < 0 || code > 1) throw std::invalid_argument("unknown dtype code");
+Type type_of(int code, int most = 1) {
+  if (code < 0 || code > most) throw std::invalid_argument("unknown dtype code");
   return static_cast<Type>(code);
 }
 
@@ -26,7 +26,7 @@ Type type_of(int code) {
 finegates::LayerShape shape_of(int type, int64_t rows, int64_t columns, int64_t out_features,
                                int64_t in_features, int given, uintptr_t row_index,
                                uintptr_t column_index) {
-  return {type_of(type),
+  return {type_of(type, 2),
           rows,
           columns,
           out_features,
@@ -46,11 +46,11 @@ size_t packed_bytes(int type, int64_t rows, int64_t columns, int64_t out_feature
 
 void pack(int type, int64_t rows, int64_t columns, int64_t out_features, int64_t in_features,
           int given, uintptr_t row_index, uintptr_t column_index, uintptr_t weight, uintptr_t bias,
-          uintptr_t buffer, size_t bytes) {
+          uintptr_t scale, uintptr_t buffer, size_t bytes) {
   finegates::pack(
       shape_of(type, rows, columns, out_features, in_features, given, row_index, column_index),
       reinterpret_cast<const void*>(weight), reinterpret_cast<const float*>(bias),
-      reinterpret_cast<void*>(buffer), bytes);
+      reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(buffer), bytes);
 }
 
 py::dict describe(uintptr_t packed, size_t bytes) {
@@ -65,6 +65,7 @@ py::dict describe(uintptr_t packed, size_t bytes) {
   out["has_rows"] = p.has_rows;
   out["has_columns"] = p.has_columns;
   out["bias_offset"] = reinterpret_cast<uintptr_t>(p.bias) - packed;
+  out["scale_offset"] = p.scale ? reinterpret_cast<uintptr_t>(p.scale) - packed : 0;
   return out;
 }
 

@@ -103,9 +103,11 @@ Job make_job(const LinearArgs& args, const Kernels& isa) {
       throw std::invalid_argument("the two layers must keep the same rows and columns");
     }
   }
-  const bool dot = call.layer.type == Type::kBf16 && args.type == Type::kBf16 && isa.has_dot;
+  const bool dot = args.type == Type::kBf16 && isa.has_dot;
   const int element = type_bytes(args.type);
-  call.kind = call.layer.type == Type::kF32 ? Kind::kF32 : dot ? Kind::kDot : Kind::kWide;
+  call.kind = call.layer.type == Type::kF32    ? Kind::kF32
+              : call.layer.type == Type::kBf16 ? (dot ? Kind::kDot : Kind::kWide)
+                                               : (dot ? Kind::kI8Dot : Kind::kI8);
   call.activation = args.activation;
   call.type = args.type;
   call.x = static_cast<const uint8_t*>(args.x);

@@ -248,7 +248,7 @@ def test_unpack_is_exact(
     n: int, k: int, rows: int | None, columns: int | None, dtype: torch.dtype
 ) -> None:
     layer = Layer(n, k, rows, columns, dtype)
-    weight, bias, kept_rows, kept_columns = _cpu.unpack(layer.packed.clone())
+    weight, bias, kept_rows, kept_columns, _ = _cpu.unpack(layer.packed.clone())
     assert weight.dtype == dtype
     assert torch.equal(weight, layer.weight)
     assert bias is not None
@@ -316,6 +316,52 @@ def test_gated_pair_must_match() -> None:
         _cpu.pruned_glu(x, gate.packed, other.packed, 50)
     with pytest.raises(ValueError, match="8 layers"):
         _cpu.pruned_linears(x, [gate.packed] * 9, [50] * 9)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("n", "k", "rows", "columns"), SHAPES)
+def test_int8_weight(
+    n: int, k: int, rows: int | None, columns: int | None, dtype: torch.dtype
+) -> None:
+    """Against the same formula with the dequantised weight, at every remainder of 4 columns."""
+    plain = Layer(n, k, rows, columns)
+    for cut in range(4):
+        kept = plain.columns
+        width = plain.weight.shape[1] - cut
+        if width < 1 or (kept is None and cut):
+            continue
+        q, scale = _cpu.quantize_rows(plain.weight[:, :width])
+        if kept is not None:
+            kept = kept[:width]
+        packed = _cpu.prepare(q, plain.bias, plain.rows, kept, n, k, scale)
+        exact = Layer(n, k, rows, columns)
+        exact.columns, exact.packed = kept, packed
+        exact.weight = q.float() * scale[:, None]
+        assert (exact.weight - plain.weight[:, :width]).abs().max() <= scale.max() * 0.5001
+        for m in (1, 2, 5, 11, 30):
+            exact.check(random(m, k, dtype=dtype), "gelu")
+        x = random(30, k, dtype=dtype)
+        y = exact.run(x)
+        for row in (0, 7, 29):
+            assert torch.equal(exact.run(x[row : row + 1]), y[row : row + 1])
+        back = _cpu.unpack(packed)
+        assert torch.equal(back.weight, q)
+        assert back.scale is not None
+        assert torch.equal(back.scale, scale)
+
+
+def test_int8_pair_and_errors() -> None:
+    gate, x = Layer(50, 40, 33, 29), random(7, 40)
+    q, scale = _cpu.quantize_rows(gate.weight)
+    packed = _cpu.prepare(q, gate.bias, gate.rows, gate.columns, 50, 40, scale)
+    alone = _cpu.pruned_linear(x, packed, 50)
+    product = _cpu.pruned_glu(x, packed, packed, 50)
+    torch.testing.assert_close(product, F.silu(alone) * alone)
+    q[3, 4] = -128
+    with pytest.raises(ValueError, match="got -128"):
+        _cpu.prepare(q, None, gate.rows, gate.columns, 50, 40, scale)
+    with pytest.raises(ValueError, match="scale goes with an int8 weight"):
+        _cpu.prepare(gate.weight, None, gate.rows, gate.columns, 50, 40, scale)
 
 
 def test_packed_memory_is_small() -> None:
