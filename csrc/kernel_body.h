@@ -17,8 +17,9 @@ constexpr int kPanelVecs = kPanel / Vec::kLanes;
 constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
 // How far ahead of its use a weight is asked for, bytes: about 900 cycles, less where several
 // panels stream at once and the bandwidth is the limit.
-constexpr int ahead(int rows, int panels) {
-  return panels >= 3 ? 4096 : panels == 1 && rows <= 9 ? 16384 : 8192;
+constexpr int ahead_of(int rows, int panels) {
+  if (panels > 1) return panels > 2 || rows <= 2 ? 4096 : 8192;
+  return rows <= 9 ? 16384 : 8192;
 }
 
 struct TileArgs {
@@ -26,6 +27,7 @@ struct TileArgs {
   const uint8_t* w;
   size_t panel_bytes;
   int64_t units;
+  int64_t panel_units;  // from w to the end of the panel
   float* c;
   int64_t c_stride;
   const float* addend;  // c itself, or the bias with stride 0 in the first K block
@@ -53,14 +55,15 @@ FG_INLINE F widen_i8(F w, int part) {
 
 template <Kind K, int MR, int NP, int NV>
 FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
-                         size_t panel_bytes) {
+                         size_t panel_bytes, int64_t ahead) {
   constexpr int kN = NP * NV;
   F wv[kN];
 #pragma GCC unroll 8
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (j % NV * (Vec::kLanes * 4) % 64 == 0) __builtin_prefetch(at + ahead(MR, NP));
+    if (j % NV * (Vec::kLanes * 4) % 64 == 0)
+      __builtin_prefetch(at + (NP > 1 ? ahead : ahead_of(MR, NP)));
   }
   if constexpr (K == Kind::kWide) {
     F odd[kN];
@@ -115,19 +118,33 @@ void tile(const TileArgs& t) {
   }
   const uint8_t* a = t.a;
   const uint8_t* w = t.w;
-  int64_t left = t.units;
-  for (; left >= 4; left -= 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes);
-    }
-    a += 4 * kStep;
-    w += 4 * kUnitBytes;
+  // Near the end of a panel, panels that stream at once look ahead into the next group: what
+  // follows each of them in memory is the next of themselves.
+  int64_t ahead = ahead_of(MR, NP);
+  int64_t rest = 0;
+  if constexpr (NP > 1) {
+    const int64_t far = t.panel_units - ahead / kUnitBytes;
+    rest = far < 0 ? t.units : far < t.units ? t.units - far : 0;
   }
-  for (; left > 0; --left) {
-    tile_step<K, MR, NP, NV>(acc, a, w, t.panel_bytes);
-    a += kStep;
-    w += kUnitBytes;
+  int64_t left = t.units - rest;
+  for (;;) {
+    for (; left >= 4; left -= 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
+      }
+      a += 4 * kStep;
+      w += 4 * kUnitBytes;
+    }
+    for (; left > 0; --left) {
+      tile_step<K, MR, NP, NV>(acc, a, w, t.panel_bytes, ahead);
+      a += kStep;
+      w += kUnitBytes;
+    }
+    if (NP == 1 || rest == 0) break;
+    left = rest;
+    rest = 0;
+    ahead += (NP - 1) * static_cast<int64_t>(t.panel_bytes);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
@@ -421,6 +438,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
               args.w = weights.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
               args.panel_bytes = p.panel_bytes;
               args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
+              args.panel_units = all_units - unit;
               args.c = half_c;
               args.c_stride = c_stride;
               const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;
