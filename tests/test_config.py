@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finegates import Gate, GateConfig
-from finegates._env import BACKENDS
 from finegates.config import DISTRIBUTIONS, OBJECTIVES, TIES
 
 POSITIVE = st.floats(1e-6, 1e6)
@@ -47,11 +46,11 @@ def configs(draw: st.DrawFn) -> GateConfig:
         open_sigma=draw(POSITIVE),
         offset=draw(st.floats(1e-6, 1.0 - 1e-6)),
         beta=draw(POSITIVE),
-        gamma=-draw(st.floats(5e-324, 1.7e308)),
-        zeta=draw(st.floats(1.0, 1.7e308, exclude_min=True)),
+        gamma=-draw(st.floats(5e-324, 1e300)),
+        zeta=draw(st.floats(1.0, 1e300, exclude_min=True)),
         init_mean=draw(st.none() | st.floats(-1e6, 1e6)),
         init_std=draw(st.floats(0.0, 1e6)),
-        backend=draw(st.sampled_from(BACKENDS)),
+        backend=draw(st.sampled_from(("auto", "torch", "triton"))),
     )
 
 
