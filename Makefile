@@ -21,7 +21,7 @@ bench: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info finegates/*.so
 
-# The CPU build of torch is pinned by constraints.txt; the extension is built by this install.
+# constraints.txt pins what is installed; this install builds the extension.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
