@@ -145,7 +145,7 @@ class FinetuneTrainingArguments(TrainingArguments):
             )
         if self.max_steps <= 0:
             self.max_steps = -1 if self.num_train_epochs > 0 else _STEPS
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 class Finetune:
@@ -305,7 +305,7 @@ class Finetune:
         """Return what makes two runs the same run: everything that changes the result."""
         training = {
             name: value
-            for name, value in self.training.to_dict().items()
+            for name, value in self.training.to_dict().items()  # type: ignore[no-untyped-call]
             if not name.startswith(_NO_MATTER)
         }
         return {
