@@ -237,9 +237,10 @@ def main() -> int:
     """Compare with the committed table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace resources.json")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--target", action="append", choices=TARGETS)
     arguments = parser.parse_args()
-    measured = run(jobs(arguments.target or TARGETS))
+    measured = run(jobs(arguments.target or TARGETS), arguments.processes)
     committed = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
     changed = {key: row for key, row in measured.items() if committed.get(key) != row}
     if arguments.write:

@@ -31,9 +31,9 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
             Tile(64, 64, 64, 4, 4),
             Tile(16, 32, 128, 4, 5),
         ),
-        "blackwell": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
-        "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
-        "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
+        "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 3)),
+        "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), Tile(16, 32, 128, 4, 4)),
         "cdna": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
@@ -56,7 +56,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     # With index maps: an address per element of what is gathered or scattered, so smaller tiles.
     ("fwd_map", 16): {
         "hopper": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
-        "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
+        "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 32, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
         "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
         "consumer": (Tile(128, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
         "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
@@ -73,6 +73,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     # fp32 runs on the FMA units, bit-faithful to PyTorch's default: registers set the tile.
     ("fwd", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "consumer": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 3)),
         "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
