@@ -233,6 +233,12 @@ def run(listed: list[Job], processes: int = 2) -> dict[str, dict[str, int]]:
         return dict(zip([job.key for job in listed], pool.map(compile_job, listed), strict=True))
 
 
+def committed_rows() -> dict[str, dict[str, int]]:
+    """Return the committed table's rows."""
+    rows: dict[str, dict[str, int]] = json.loads(RESOURCES.read_text())["rows"]
+    return rows
+
+
 def main() -> int:
     """Compare with the committed table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -241,11 +247,11 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=TARGETS)
     arguments = parser.parse_args()
     measured = run(jobs(arguments.target or TARGETS), arguments.processes)
-    committed = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    committed = committed_rows() if RESOURCES.exists() else {}
     changed = {key: row for key, row in measured.items() if committed.get(key) != row}
     if arguments.write:
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in measured.items())
-        RESOURCES.write_text("{\n" + lines + "\n}\n")
+        RESOURCES.write_text(f'{{"triton": "{triton.__version__}", "rows": {{\n{lines}\n}}}}\n')
     for key, row in changed.items():
         sys.stdout.write(f"{key}: {row}, was {committed.get(key)}\n")
     return 0 if arguments.write else int(bool(changed))
