@@ -1,16 +1,18 @@
 """The only reader of environment variables; ENV.md lists them.
 
-Values are read at call time, so a test may change them with ``monkeypatch.setenv``; the native
-module reads ``FINEGATES_MAX_ISA`` once, when it is loaded.
+``FINEGATES_BACKEND`` and ``FINEGATES_LOG`` are read once, at their first use, because every call of
+a layer asks for them; the native module reads ``FINEGATES_MAX_ISA`` once, when it is loaded.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 
 BACKENDS = ("auto", "torch", "native", "triton")
 
 
+@cache
 def backend() -> str:
     """Return ``FINEGATES_BACKEND``: ``auto`` (default), ``torch``, ``native`` or ``triton``.
 
@@ -28,6 +30,7 @@ def max_isa() -> str | None:
     return os.environ.get("FINEGATES_MAX_ISA")
 
 
+@cache
 def log_dispatch() -> bool:
     """Return whether ``FINEGATES_LOG`` asks for one line per backend decision."""
     return os.environ.get("FINEGATES_LOG", "0") not in ("", "0")

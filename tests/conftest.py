@@ -12,6 +12,8 @@ import torch
 import torch.utils._device
 from torch import Tensor
 
+from finegates import _env
+
 # torch.device(...) as a context knows constructors by identity, from a list made on first use: it
 # must be made before the constructors below are replaced.
 torch.utils._device._device_constructors()
@@ -42,6 +44,17 @@ hypothesis.settings.load_profile("finegates")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_environment() -> Iterator[None]:
+    """Let each test set the variables that are otherwise read once."""
+    readers = (_env.backend, _env.log_dispatch)
+    for reader in readers:
+        reader.cache_clear()
+    yield
+    for reader in readers:
+        reader.cache_clear()
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

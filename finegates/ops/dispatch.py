@@ -71,8 +71,8 @@ def _pruned_linear_native(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    pack = packing.packed(w, b, rows, columns, out_features, x.shape[-1])
-    return _cpu.pruned_linear(x, pack, out_features, activation, residual)
+    entry = packing.entry(w, b, rows, columns, out_features, x.shape[-1])
+    return _cpu.pruned_linear(x, entry.packed, out_features, activation, residual)
 
 
 def _triton_entry(why_not: Callable[..., str | None], run: Callable[..., Any]) -> Implementation:
@@ -148,6 +148,11 @@ def requested_backend(layer: str) -> str:
     if layer != "auto":
         return layer
     return _requested.get() or _env.backend()
+
+
+def is_free() -> bool:
+    """Return whether nobody asked for a backend or for the log, so that the fastest may serve."""
+    return _requested.get() is None and _env.backend() == "auto" and not _env.log_dispatch()
 
 
 def choose(op: str, layer: str, *args: Any) -> Implementation:

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import _cpu
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A packed weight and what it was packed from.
 
     The sources are aliases that keep their storage alive, so that an address can't come back with
@@ -25,32 +25,47 @@ class _Entry(NamedTuple):
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed(
+def entry(
     w: Tensor,
     b: Tensor | None,
     rows: Tensor | None,
     columns: Tensor | None,
     out_features: int,
     in_features: int,
-) -> Tensor:
-    """Return `_cpu.prepare`'s tensor for these operands, from the cache when they are unchanged.
+) -> Entry:
+    """Return the packed operands, from the cache when they are unchanged.
 
-    The entry lives as long as the tensor ``w``; a change of any operand packs again. Operands made
+    An entry lives as long as the tensor ``w``; a change of any operand packs again. Operands made
     in inference mode have no version counter: the caller must not bring them here.
 
     Raises:
         ValueError: as `_cpu.prepare` does.
     """
-    operands = (w, b, rows, columns)
-    state = (out_features, in_features, _state(w), _state(b), _state(rows), _state(columns))
-    entry: _Entry | None = _entries.get(w)  # type: ignore[no-untyped-call]
-    if entry is not None and entry.state == state:
-        return entry.packed
-    sources = tuple(None if t is None else t.detach() for t in operands)
-    made = _cpu.prepare(w, b, rows, columns, out_features, in_features)
-    _entries[w] = _Entry(sources, state, made)
+    found: Entry | None = _entries.get(w)  # type: ignore[no-untyped-call]
+    now = state(w, b, rows, columns, out_features, in_features)
+    if found is not None and found.state == now:
+        return found
+    sources = tuple(None if t is None else t.detach() for t in (w, b, rows, columns))
+    made = Entry(sources, now, _cpu.prepare(w, b, rows, columns, out_features, in_features))
+    _entries[w] = made
     return made
 
 
-def _state(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor._version)
+def state(
+    w: Tensor,
+    b: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> tuple[object, ...]:
+    """Return what changes when an operand does: address and version counter of each, and sizes."""
+    return (
+        w.data_ptr(),
+        w._version,
+        b is None or (b.data_ptr(), b._version),
+        rows is None or (rows.data_ptr(), rows._version),
+        columns is None or (columns.data_ptr(), columns._version),
+        out_features,
+        in_features,
+    )
