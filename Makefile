@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-bench clean
 
 demo: $(VENV)/.installed  ## learn gates on a real model, remove 40 %, save, reload, time
 	$(BIN)/finegates finetune
@@ -17,6 +17,12 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# With the caller's Python: the pins above are CPU builds of torch.
+gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. $(PYTHON) bench/bench_gated_linear.py
+	PYTHONPATH=. $(PYTHON) bench/gpu_pruned_linear.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info finegates/*.so

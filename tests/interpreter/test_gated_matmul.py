@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from finegates.ops import _triton, reference
-from gated_case import NAMES, Case, make
-from numerics import assert_no_worse
+from gated_case import FOLD, FROZEN, FUSED, NAMES, PRETRAINING, check, make
 
-FUSED = (_triton.gated_matmul_fused, _triton.gated_matmul_backward_fused)
-FOLD = (_triton.gated_matmul_fold, _triton.gated_matmul_backward_fold)
-FROZEN = [True, False, True, True, True]
-PRETRAINING = [True] * 5
 SHAPES = [(65, 129, 200), (33, 70, 1), (1, 1, 67), (7, 65, 64), (40, 3, 130)]
 DTYPES = [torch.float32, torch.float16]
 DISTRIBUTIONS = ["gaussian", "hard_concrete", "ranking"]
-
-
-def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> None:
-    """Compare y and the wanted gradients with fp64, beside plain PyTorch at the same dtype."""
-    forward, backward = how
-    y, r, c = forward(*case.forward_args())
-    _, plain_r, plain_c = reference.gated_matmul(*case.forward_args())
-    torch.testing.assert_close(r, plain_r, atol=2e-6, rtol=0)
-    torch.testing.assert_close(c, plain_c, atol=2e-6, rtol=0)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    exact_y, exact = case.exact(dy, r, c)
-    plain_y = plain_forward(case, r, c)
-    assert_no_worse(y, plain_y, exact_y)
-    grads = backward(*case.backward_args(dy, y, r, c, mask))
-    plain = reference.gated_matmul_backward(*case.backward_args(dy, plain_y, r, c, mask))
-    for name, ours, theirs, true, wanted in zip(NAMES, grads, plain, exact, mask, strict=True):
-        if not wanted or true is None:
-            assert ours.numel() == 0, name
-            continue
-        assert_no_worse(ours.reshape(true.shape), theirs.reshape(true.shape), true)
-
-
-def plain_forward(case: Case, r: Tensor, c: Tensor) -> Tensor:
-    if case.rows is not None or case.columns is not None:
-        return reference.pruned_linear(
-            case.x, case.w, case.b, case.rows, case.columns, case.size[0]
-        )
-    row = None if case.row_logits is None else r.to(case.w.dtype)
-    column = None if case.column_logits is None else c.to(case.w.dtype)
-    return reference.gated_linear(case.x, case.w, case.b, row, column)
 
 
 @pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
