@@ -264,15 +264,17 @@ class TestPack:
     """The native backend's copy of the weight never outlives a change of the weight."""
 
     @pytest.fixture(autouse=True)
-    def _native(self) -> Iterator[None]:
+    def _inference(self) -> Iterator[None]:
         with torch.no_grad():
             yield
 
     @staticmethod
     def check(pruned: PrunedLinear) -> None:
         x = torch.randn(3, 9).to(pruned.weight.dtype)
-        exact = copy.deepcopy(pruned).double()(x.double())
-        assert_no_worse(pruned(x), reference_of(pruned, x), exact)
+        exact = reference_of(copy.deepcopy(pruned).double(), x.double())
+        # The layer's short way keeps a pack of its own, the op another one.
+        for y in (pruned(x), op_of(pruned, x)):
+            assert_no_worse(y, reference_of(pruned, x), exact)
 
     def test_in_place_change(self) -> None:
         _, pruned = example()
@@ -334,10 +336,12 @@ class TestPack:
         with torch.inference_mode():
             x = torch.randn(3, 9)
             made = PrunedLinear.from_linear(nn.Linear(9, 7), ROWS, COLUMNS)
-            torch.testing.assert_close(made(x), reference_of(made, x))
-            torch.testing.assert_close(pruned(x), reference_of(pruned, x))
+            for layer in (made, pruned):
+                for call in (layer, lambda t, layer=layer: op_of(layer, t)):
+                    torch.testing.assert_close(call(x), reference_of(layer, x))
             made.weight.neg_()  # no version counter tells of it
             torch.testing.assert_close(made(x), reference_of(made, x))
+            torch.testing.assert_close(op_of(made, x), reference_of(made, x))
 
     def test_other_sizes_with_the_same_weight(self) -> None:
         _, pruned = example()
@@ -355,6 +359,12 @@ class TestPack:
         del layers, layer
         gc.collect()
         assert len(packing._entries) == before
+
+
+def op_of(pruned: PrunedLinear, x: Tensor) -> Tensor:
+    return pruned_linear(
+        x, pruned.weight, pruned.bias, pruned.rows, pruned.columns, pruned.out_features
+    )
 
 
 def reference_of(pruned: PrunedLinear, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from . import dispatch, reference
@@ -113,8 +114,13 @@ def gated_matmul(
         )
     if n_out < w.shape[0] or (rows is None and n_out != w.shape[0]):
         raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
-    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64):
-        raise ValueError(f"seed must be int64 [2], got {seed.dtype} {tuple(seed.shape)}")
+    if seed is not None and (
+        seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != x.device
+    ):
+        raise ValueError(
+            f"seed must be int64 [2] on {x.device}, got {seed.dtype} {tuple(seed.shape)} "
+            f"on {seed.device}"
+        )
     row_pair = _layout("row_logits", row_logits, row_layout, n_out, w)
     column_pair = _layout("column_logits", column_logits, column_layout, x.shape[-1], w)
     y: Tensor = ops.gated_matmul.default(
@@ -385,6 +391,8 @@ def _gated_matmul_context(
     ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, y, r, c)
 
 
+# As in schema.py: a second derivative would lose terms silently.
+@once_differentiable
 def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, w, b, row_logits, column_logits, rows, columns, y, r, c = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
@@ -401,6 +409,7 @@ def _open_mass_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(logits, offsets)
 
 
+@once_differentiable
 def _open_mass_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     logits, offsets = ctx.saved_tensors
     dlogits = ops.open_mass_backward(dout.contiguous(), logits, offsets, *ctx.constants)
