@@ -137,8 +137,11 @@ def fill_gaps(
     """Write zeros, or the residual, from this tile's first kept feature up to the next tile's.
 
     The tiles' intervals are disjoint and cover 0 … size, so the removed features need no second
-    launch; the barrier orders these stores before the tile's own, which follow.
+    launch; the barrier orders these stores before the tile's own, which follow. A map that keeps
+    everything, in whatever order, leaves no gap.
     """
+    if count == size:
+        return
     first = tile * BLOCK
     low = tl.load(map_ptr + first, mask=(first > 0) & (first < count), other=0)
     high = tl.load(map_ptr + first + BLOCK, mask=first + BLOCK < count, other=size)

@@ -76,7 +76,7 @@ class Case:
         rows = slice(None) if self.rows is None else self.rows.long()
         columns = slice(None) if self.columns is None else self.columns.long()
         n, k = self.size
-        compact = self.rows is not None or self.columns is not None
+        compact = reference.is_compact(self.rows, self.columns, n, k)
         r = x.new_ones(n) if compact or self.row_logits is None else r.double()
         c = x.new_ones(k) if compact or self.column_logits is None else c.double()
         tokens = math.prod(x.shape[:-1])
@@ -169,10 +169,15 @@ def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> 
 
 
 def plain_forward(case: Case, r: Tensor, c: Tensor) -> Tensor:
-    if case.rows is not None or case.columns is not None:
-        return reference.pruned_linear(
-            case.x, case.w, case.b, case.rows, case.columns, case.size[0]
-        )
-    row = None if case.row_logits is None else r.to(case.w.dtype)
-    column = None if case.column_logits is None else c.to(case.w.dtype)
-    return reference.gated_linear(case.x, case.w, case.b, row, column)
+    """Return y by elementwise passes around a Linear, for the gates r and c."""
+    n, k = case.size
+    x, y = case.x, case.x.new_zeros(*case.x.shape[:-1], n)
+    rows = slice(None) if case.rows is None else case.rows.long()
+    columns = slice(None) if case.columns is None else case.columns.long()
+    if not reference.is_compact(case.rows, case.columns, n, k):
+        x = x if case.column_logits is None else x * c.to(x.dtype)
+        row = None if case.row_logits is None else r[rows].to(x.dtype)
+    else:
+        row = None
+    y[..., rows] = reference.gated_linear(x[..., columns], case.w, case.b, row, None)
+    return y

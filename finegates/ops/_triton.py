@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _env
+from . import packing, reference
 
 # Read once: Triton itself reads the variable when it is imported.
 INTERPRETED = _env.triton_interpret()
@@ -181,7 +183,7 @@ def _fold_wins(
 ) -> tuple[str | None, str | None]:
     """Return (why not fused, why not folded): exactly one of them is None."""
     if rows is not None or columns is not None:
-        return None, "a compact weight has no gates to fold"
+        return None, "the weight is compact or in another order"
     if closed_grad:
         return None, "closed gates get a gradient, which a folded weight has lost"
     device = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
@@ -261,7 +263,7 @@ def gated_matmul_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample and multiply in one launch; a compact weight's gates are all open: none to sample."""
     kernels, none = _kernels(), x.new_empty(0, dtype=torch.float32)
-    if rows is not None or columns is not None:
+    if reference.is_compact(rows, columns, out_features, x.shape[-1]):
         gates, r, c = kernels.gated.Gates(), None, None
     else:
         gates = _sampled_gates(
@@ -328,7 +330,7 @@ def gated_matmul_backward_fused(
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Run the backward kernels: two launches with a frozen weight, three with a trained one."""
-    compact = rows is not None or columns is not None
+    compact = reference.is_compact(rows, columns, dy.shape[-1], x.shape[-1])
     seed = x if noise else None  # only whether there was noise matters here
     gates = _sampled_gates(
         row_logits, column_logits, seed, row_layout, column_layout, distribution, shift, scale, beta
@@ -461,11 +463,36 @@ def pruned_linear(
 ) -> Tensor:
     """Run gather, GEMM, bias, activation, residual and scatter in one launch (two for M > 64)."""
     kernels = _kernels()
+    if columns is not None:
+        w, columns = _aligned(w, columns)
     y: Tensor = kernels.gated.gated_matmul_fwd(
         _flat(x), w, b, None, None, kernels.gated.Gates(), rows, columns, out_features, activation,
         None if residual is None else _flat(residual).contiguous(), _precision(x),
     )  # fmt: skip
     return y.view(*x.shape[:-1], out_features)
+
+
+_aligned_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _aligned(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w with zero columns up to a multiple of 16, its last kept column repeated for them.
+
+    An odd row length would leave 2-byte loads where 16-byte ones are possible. The copy is made
+    once and lives as long as w; any change of w or columns makes it again.
+    """
+    spare = -w.shape[1] % 16
+    if spare == 0 or w.shape[1] == 0 or w.is_inference() or columns.is_inference():
+        return w, columns
+    state = packing.state(w, None, None, columns, w.shape[0], w.shape[1])
+    found = _aligned_weights.get(w)  # type: ignore[no-untyped-call]
+    if found is None or found[0] != state:
+        wide = F.pad(w.detach(), (0, spare))
+        index = torch.cat((columns, columns[-1:].expand(spare)))
+        # The aliases keep the storage alive: no other tensor can get its address.
+        found = (state, (w.detach(), columns.detach()), wide, index)
+        _aligned_weights[w] = found
+    return found[2], found[3]
 
 
 def norm_gather_why_not(x: Tensor, *rest: Any) -> str | None:

@@ -162,3 +162,37 @@ def test_compact_weight_of_ranking_gates(
         case.columns = (case.column_logits > 0).nonzero().squeeze(1).int()
         case.w = case.w[:, case.columns.long()]
     check(case, FUSED, mask)
+
+
+@pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("m", [5, 65])
+def test_order_changes_no_result(m: int, distribution: str, mask: list[bool]) -> None:
+    """Closed gates last: the same gates, y and gradients, and NaN in closed tiles stays there."""
+    case = make(m, 150, 140, distribution=distribution)
+    y, r, c = FUSED[0](*case.forward_args())
+    dy = torch.randn_like(y)
+    grads = FUSED[1](*case.backward_args(dy, y, r, c, mask))
+    case.rows, case.columns = closed_last(r), closed_last(c)
+    rows, columns = case.rows.long(), case.columns.long()
+    assert case.b is not None
+    case.w, case.b = case.w[rows][:, columns].contiguous(), case.b[rows]
+    check(case, FUSED, mask)
+    ordered, same_r, same_c = FUSED[0](*case.forward_args())
+    assert torch.equal(r, same_r)
+    assert torch.equal(c, same_c)
+    torch.testing.assert_close(ordered, y, rtol=1e-5, atol=1e-5)
+    again = FUSED[1](*case.backward_args(dy, y, r, c, mask))
+    expected = [
+        grads[0], grads[1][rows][:, columns] if mask[1] else grads[1], grads[2][rows], *grads[3:]
+    ]  # fmt: skip
+    for name, ours, theirs in zip(NAMES, again, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+    open_columns = int((c != 0).sum())
+    assert open_columns <= 128, "the last tile of columns is closed"
+    case.w[:, -(-open_columns // 64) * 64 :] = float("nan")
+    assert torch.equal(FUSED[0](*case.forward_args())[0], ordered)
+
+
+def closed_last(gates: Any) -> Any:
+    return torch.argsort((gates == 0).int(), stable=True).int()
