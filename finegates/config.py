@@ -78,10 +78,10 @@ class GateConfig:
     train_weight: bool = False
     trainable: tuple[str, ...] = ("classifier.*", "score.*", "qa_outputs.*", "pre_classifier.*")
     closed_gradient: bool = True
-    warmup: float = 0.15
-    ramp: float = 0.5
+    warmup: float = 0.3
+    ramp: float = 0.3
     penalty_weight: float = 50.0
-    gate_learning_rate: float = 1e-2
+    gate_learning_rate: float = 5e-2
     sigma: float = 0.1
     open_sigma: float = 0.5
     offset: float = 0.5

@@ -108,6 +108,20 @@ def test_output_and_gradients_are_no_worse_than_plain(
         assert_no_worse(ours[name].grad, theirs[name].grad, exact[name].grad)  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("present", PRESENT, ids=PRESENT_IDS)
+def test_layers_without_features_have_gradients(present: Any, n: int, k: int) -> None:
+    named, twin = operands((4,), n, k, present), operands((4,), n, k, present)
+    y, expected = gated_linear(**named), plain(**twin)  # type: ignore[arg-type]
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    for name in "xwbrc":
+        a, b = named[name], twin[name]
+        if a is not None and b is not None:
+            assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
 def test_gate_close_to_zero_keeps_its_gradient() -> None:
     """dr divides y by r: right down to the smallest value an fp32 gate takes, 2⁻²⁴."""
     named: Any = operands((64,), 3, 5, dtype=F32, grad=False)
@@ -119,6 +133,23 @@ def test_gate_close_to_zero_keeps_its_gradient() -> None:
     for function, operand in ((gated_linear, named), (plain, theirs), (plain, exact)):
         function(**operand).sum().backward()
     assert_no_worse(named["r"].grad, theirs["r"].grad, exact["r"].grad)
+
+
+@pytest.mark.parametrize("present", PRESENT, ids=PRESENT_IDS)
+def test_nothing_but_operands_and_output_is_saved(present: Any) -> None:
+    """DESIGN §2.1: neither the gated input nor the pre-gate output is kept for the backward."""
+    named = operands((2, 3), 6, 5, present)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = gated_linear(**named)  # type: ignore[arg-type]
+    known = {t.data_ptr() for t in (*named.values(), y) if t is not None}
+    assert saved
+    assert set(saved) <= known
 
 
 def test_saved_output_may_not_be_changed_unseen() -> None:

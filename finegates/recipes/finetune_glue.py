@@ -96,7 +96,7 @@ class FinetuneTrainingArguments(TrainingArguments):
     max_steps: int = 300
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     train_sampling_strategy: str = "group_by_length"
     logging_steps: float = 20
     save_steps: float = 100
@@ -287,5 +287,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = Finetune(chosen, training)
     result = job.run()
     console = Console()
-    console.print(report.table(result), width=max(100, console.width))
+    console.print(report.table(result))
     console.print(f"report.json, kept.png and pruned/ are in {job.folder}")
