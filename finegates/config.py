@@ -206,6 +206,18 @@ class GateConfig:
             return self.gamma, self.zeta - self.gamma, self.beta
         return 0.0, 1.0, 1.0
 
+    @property
+    def open_constants(self) -> tuple[float, float]:
+        """(shift, scale) of P(open), as `ops.open_mass` takes them.
+
+        gaussian: (offset, σ₀); hard concrete: (β log(-γ / ζ), 1); ranking has none.
+        """
+        if self.distribution == "gaussian":
+            return self.offset, self.open_sigma
+        if self.distribution == "hard_concrete":
+            return self.beta * math.log(-self.gamma / self.zeta), 1.0
+        return 0.0, 1.0
+
     def target(self, progress: float) -> float:
         """Return the fraction to remove at ``progress`` (steps done / all steps, in [0, 1]).
 

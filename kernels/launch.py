@@ -1,5 +1,6 @@
 """The launch table as data, and the choice of a row for a shape and a device."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -110,23 +111,25 @@ ROW_WISE = {"BLOCK": 1024, "num_warps": 4}
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
-def family(x: Tensor) -> str:
-    """Return the column of `GEMM` for x's device."""
-    if x.device.type == "cpu":
+@functools.cache
+def family(device: torch.device) -> str:
+    """Return the column of `GEMM` for a device."""
+    if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
         return "cdna"
-    properties = torch.cuda.get_device_properties(x.device)
+    properties = torch.cuda.get_device_properties(device)
     if properties.shared_memory_per_block_optin < 160 * 1024:
         return "consumer"
     return {9: "hopper", 10: "blackwell"}.get(properties.major, "ampere")
 
 
-def processors(x: Tensor) -> int:
-    """Return the number of multiprocessors of x's device, 1 in the interpreter."""
-    if x.device.type == "cpu":
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device, 1 in the interpreter."""
+    if device.type == "cpu":
         return 1
-    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
@@ -134,7 +137,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
 
     Without one that fills it, the last and smallest: more programs, each with less to do.
     """
-    row = GEMM[kernel, x.dtype.itemsize * 8][family(x)]
+    row = GEMM[kernel, x.dtype.itemsize * 8][family(x.device)]
     for tile in row:
         if kernel.startswith("fwd"):
             rows, block_rows, columns, block_columns = m, tile.m, n, tile.n
@@ -144,7 +147,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
             rows, block_rows, columns, block_columns = n, tile.n, k, tile.k
         if rows <= block_rows // 2:
             continue
-        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x):
+        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x.device):
             return tile
     return row[-1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,11 +63,7 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
     reason = status()
     if reason is not None:
         return reason
-    if (
-        x.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device)[0] < 8
-    ):
+    if x.is_cuda and torch.version.hip is None and _capability(x.device) < 8:
         return "the kernels need compute capability 8.0 or later"
     launch = _kernels().launch
     if x.dtype not in launch.DTYPES:
@@ -81,6 +78,24 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
         if max(math.prod(tensor.shape[:-1]), tensor.shape[-1]) > launch.MAX_SIZE:
             return f"a size is above {launch.MAX_SIZE}"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run`` with the first tensor's GPU as the current one, where Triton launches."""
+
+    @functools.wraps(run)
+    def guarded(x: Tensor, *args: Any) -> Any:
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(x, *args)
+        with torch.cuda.device(x.device):
+            return run(x, *args)
+
+    return guarded
 
 
 def _same_dtype(x: Tensor, *others: Tensor | None) -> str | None:
@@ -186,7 +201,7 @@ def _fold_wins(
         return None, "the weight is compact or in another order"
     if closed_grad:
         return None, "closed gates get a gradient, which a folded weight has lost"
-    device = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    device = _capability(x.device) if x.is_cuda else 9
     m = x.numel() // max(x.shape[-1], 1)
     fused, folded = estimate(m, w.shape[0], w.shape[1], x.dtype, device)
     times = f"{1e6 * fused:.1f} µs fused, {1e6 * folded:.1f} µs folded (estimate)"
