@@ -26,6 +26,7 @@ PACKAGES = [
     "finegates.ops",
     "finegates.hf",
     "finegates.recipes",
+    "finegates.report",
     "finegates.kernels",
 ]
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"

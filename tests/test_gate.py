@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from finegates import FusedGatedLinear, Gate, GateConfig, GateMap, gate_, prune_
-from finegates.surgery import architecture_of
+from finegates.surgery import architecture_of, freeze_
 from tiny_models import build, logits
 
 BLOCK_LINEARS = {"bert": 6, "roberta": 6, "llama": 7, "qwen2": 7}
@@ -145,6 +145,21 @@ def test_what_stays_trainable(train_bias: bool, train_weight: bool) -> None:
     expected |= {name for name, _ in model.named_parameters() if name.endswith("logits")}
     assert trained == expected
     assert len(trained) < len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("train_weight", [False, True])
+def test_freeze_freezes_what_gate_does_and_gates_nothing(train_weight: bool) -> None:
+    config = GateConfig(train_weight=train_weight, trainable=("cls.*",))
+    plain, gated = build("bert"), gate_(build("bert"), config)
+    before = logits(plain)
+    assert freeze_(plain, config) is plain
+    assert torch.equal(logits(plain), before)
+    assert gated_names(plain) == []
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {
+        n for n, p in gated.named_parameters() if p.requires_grad and not n.endswith(".logits")
+    }
+    with pytest.raises(ValueError, match="gated already; freeze_ works on plain"):
+        freeze_(gated)
 
 
 def test_trainable_patterns_reach_any_parameter() -> None:

