@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -29,6 +29,7 @@ PACKAGES = [
     "finegates.report",
     "finegates.kernels",
 ]
+BASE_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 # Each file is compiled with what its level may use and nothing more. gcc 12 warns about its own
 # AVX-512 header (GCC bug 105593).
@@ -36,7 +37,7 @@ ISA_FLAGS = {
     "kernel_avx2.cpp": "-mavx2 -mfma",
     "kernel_avx512.cpp": f"{AVX512} -Wno-uninitialized -Wno-maybe-uninitialized",
     "kernel_avx512bf16.cpp": (
-        f"{AVX512} -mavx512vbmi2 -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized"
+        f"{AVX512} -mavx512vbmi -mavx512vbmi2 -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized"
     ),
 }
 ARCH_SOURCES = {
@@ -47,9 +48,9 @@ ARCH_SOURCES = {
 COMMON = ["isa.cpp", "kernel_generic.cpp", "layout.cpp", "module.cpp", "pruned_linear.cpp"]
 
 
-def sources() -> list[str]:
-    """Return the sources of this machine's levels, sorted for a reproducible build."""
-    return sorted(COMMON + ARCH_SOURCES.get(platform.machine(), []))
+def sources(machine: str) -> list[str]:
+    """Return the sources of a machine's levels, sorted for a reproducible build."""
+    return sorted(COMMON + ARCH_SOURCES.get(machine, []))
 
 
 def compiler() -> str | None:
@@ -71,29 +72,13 @@ def no_native_reason() -> str | None:
     return None
 
 
-def ninja_file(target: Path) -> str:
+def ninja_file(names: list[str], target: Path, cflags: str, ldflags: str) -> str:
     """Return the text of build.ninja; paths are absolute, so it runs from any folder."""
-    import pybind11
-
-    mac = sys.platform == "darwin"
-    openmp = "" if mac else "-fopenmp"
-    cflags = (
-        "-std=c++17 -O3 -fPIC -DNDEBUG -fvisibility=hidden -ffp-contract=off -Wall -Wextra "
-        f"{openmp} -I{pybind11.get_include()} -I{sysconfig.get_path('include')} "
-        f"{os.environ.get('CXXFLAGS', '')}"
-    )
-    # Hidden visibility does not reach std:: templates; the export list does.
-    exports = target.parent / ("exports.txt" if mac else "exports.map")
-    exports.write_text("_PyInit__C\n" if mac else "{ global: PyInit__C; local: *; };\n")
-    ldflags = (
-        f"-undefined dynamic_lookup -Wl,-exported_symbols_list,{exports}"
-        if mac
-        else f"-Wl,--version-script={exports} -Wl,--strip-debug"
-    )
+    openmp = "" if sys.platform == "darwin" else "-fopenmp"
     lines = [
         f"cxx = {compiler()}",
-        f"cflags = {cflags}",
-        f"ldflags = -shared {openmp} {ldflags} {os.environ.get('LDFLAGS', '')}",
+        f"cflags = {BASE_FLAGS} {openmp} {cflags} {os.environ.get('CXXFLAGS', '')}",
+        f"ldflags = {openmp} {ldflags} {os.environ.get('LDFLAGS', '')}",
         "rule compile",
         "  command = $cxx $cflags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -104,14 +89,48 @@ def ninja_file(target: Path) -> str:
         "  description = link $out",
     ]
     objects = []
-    for name in sources():
-        objects.append(str(target.parent / f"{Path(name).stem}.o"))
+    for name in names:
+        source = (ROOT / "csrc" / name).resolve()
+        objects.append(str(target.parent / f"{source.stem}.o"))
         lines += [
-            f"build {objects[-1]}: compile {ROOT / 'csrc' / name}",
-            f"  isa = {ISA_FLAGS.get(name, '')}",
+            f"build {objects[-1]}: compile {source}",
+            f"  isa = {ISA_FLAGS.get(source.name, '')}",
         ]
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
     return "\n".join(lines)
+
+
+def run_ninja(text: str, folder: Path) -> None:
+    """Build what the text says; SystemExit with a hint when that fails."""
+    import ninja
+
+    (folder / "build.ninja").write_text(text)
+    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"finegates: the native build failed ({error}); "
+            "FINEGATES_NO_NATIVE=1 installs without it"
+        ) from error
+
+
+def module_file(target: Path) -> str:
+    """Return build.ninja for the Python module."""
+    import pybind11
+
+    mac = sys.platform == "darwin"
+    # Hidden visibility does not reach std:: templates; the export list does.
+    exports = target.parent / ("exports.txt" if mac else "exports.map")
+    exports.write_text("_PyInit__C\n" if mac else "{ global: PyInit__C; local: *; };\n")
+    return ninja_file(
+        sources(platform.machine()),
+        target,
+        f"-DNDEBUG -I{pybind11.get_include()} -I{sysconfig.get_path('include')}",
+        f"-shared -undefined dynamic_lookup -Wl,-exported_symbols_list,{exports}"
+        if mac
+        else f"-shared -Wl,--version-script={exports} -Wl,--strip-debug",
+    )
 
 
 def install(built: Path, target: Path) -> None:
@@ -127,29 +146,45 @@ class NinjaBuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Run ninja in ``build/native-<platform>`` (kept between builds) and copy the module."""
-        import ninja
-
         target = Path(self.get_ext_fullpath(ext.name))
         tag = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder = ROOT / "build" / tag
         folder.mkdir(parents=True, exist_ok=True)
-        built = folder / target.name
-        (folder / "build.ninja").write_text(ninja_file(built))
-        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]
-        try:
-            subprocess.run(command, check=True)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                f"finegates: the native build failed ({error}); "
-                "FINEGATES_NO_NATIVE=1 installs without it"
-            ) from error
-        install(built, target)
+        run_ninja(module_file(folder / target.name), folder)
+        install(folder / target.name, target)
 
     def copy_extensions_to_source(self) -> None:
         """Put the module beside the Python files (``--inplace`` and editable installs)."""
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             install(built, ROOT / self.get_ext_filename(ext.name))
+
+
+class BuildFuzz(Command):
+    """Build tests/native_fuzz.cpp with the native core: no Python, no OpenMP, any sanitizer.
+
+    ``CXX=aarch64-linux-gnu-g++ LDFLAGS=-static setup.py build_fuzz --machine aarch64`` is one for
+    qemu-user. OpenMP stays out because libgomp is not instrumented for ThreadSanitizer.
+    """
+
+    user_options = [("folder=", None, "where to build"), ("machine=", None, "target machine")]
+
+    def initialize_options(self) -> None:
+        """Set the defaults."""
+        self.folder = "build/fuzz"
+        self.machine = platform.machine()
+
+    def finalize_options(self) -> None:
+        """Make the folder absolute."""
+        self.folder = Path(self.folder).resolve()
+
+    def run(self) -> None:
+        """Write the executable ``native_fuzz`` into the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [name for name in sources(self.machine) if name != "module.cpp"]
+        names.append("../tests/native_fuzz.cpp")
+        target = self.folder / "native_fuzz"
+        run_ninja(ninja_file(names, target, "-g -fno-openmp", "-pthread -fno-openmp"), self.folder)
 
 
 reason = no_native_reason()
@@ -160,6 +195,6 @@ setup(
     packages=PACKAGES,
     ext_modules=[]
     if reason
-    else [Extension("finegates._C", [f"csrc/{name}" for name in sources()])],
-    cmdclass={"build_ext": NinjaBuildExt},
+    else [Extension("finegates._C", [f"csrc/{name}" for name in sources(platform.machine())])],
+    cmdclass={"build_ext": NinjaBuildExt, "build_fuzz": BuildFuzz},
 )

@@ -21,10 +21,10 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-// VBMI2 too: only Cooper Lake has the dot product without it.
+// VBMI and VBMI2 too: only Cooper Lake has the dot product without them.
 bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vbmi2");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 }
 #endif
 bool always() { return true; }

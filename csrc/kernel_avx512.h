@@ -6,6 +6,21 @@
 namespace finegates {
 namespace {
 
+// The two bytes of the bf16 of 0 to 127.
+struct Bf16Table {
+  uint8_t low[128], high[128];
+  constexpr Bf16Table() : low(), high() {
+    for (int i = 1; i < 128; ++i) {
+      int exponent = 0;
+      while (i >> (exponent + 1) != 0) ++exponent;
+      const int bits = (127 + exponent) << 7 | ((i << 7 >> exponent) & 127);
+      low[i] = static_cast<uint8_t>(bits);
+      high[i] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+alignas(64) constexpr Bf16Table kBf16;
+
 template <bool kDot>
 struct Avx512 {
   static constexpr int kLanes = 16;
@@ -13,12 +28,22 @@ struct Avx512 {
   using F = __m512;
 
   // 28 accumulators, 2 weights, 1 broadcast of 32 registers; widened weights take two more.
-  static constexpr int tile_rows(Kind kind) { return kind == Kind::kWide ? 12 : 14; }
+  static constexpr int tile_rows(Kind kind) {
+    return kind == Kind::kF32 || kind == Kind::kDot ? 14 : kind == Kind::kI8Dot ? 10 : 12;
+  }
   // FMA takes 4 cycles and dot 6 at two a cycle: 8 to 12 accumulators at the least.
-  static constexpr int group(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1; }
+  // int8 needs registers to widen in, and issues more than it waits.
+  static constexpr int group(Kind kind, int rows) {
+    if (kind == Kind::kI8 || kind == Kind::kI8Dot) return rows <= 2 ? 2 : 1;
+    return rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1;
+  }
   static constexpr int vecs(int) { return 2; }
   // Units summed in one chain before they join the total: 384 products, or pairs.
-  static constexpr int chain(Kind kind) { return kind == Kind::kWide ? kUnits / 2 : kUnits; }
+  static constexpr int chain(Kind kind) {
+    return kind == Kind::kI8                             ? kUnits / 4
+           : kind == Kind::kWide || kind == Kind::kI8Dot ? kUnits / 2
+                                                         : kUnits;
+  }
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float x) { return _mm512_set1_ps(x); }
@@ -45,7 +70,29 @@ struct Avx512 {
     return _mm512_castsi512_ps(
         _mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(0xffff0000)));
   }
+  // Columns 0 to 3 of each output: sign and magnitude to fp32.
+  static F i8_floats(F four, int part) {
+    const __m512i bytes = _mm512_castps_si512(four);
+    const __m512i lanes =
+        part < 2 ? _mm512_unpacklo_epi8(bytes, bytes) : _mm512_unpackhi_epi8(bytes, bytes);
+    const __m512i top = part % 2 == 0 ? _mm512_slli_epi32(lanes, 16) : lanes;
+    const __m512i magnitude = _mm512_and_si512(_mm512_srli_epi32(top, 24), _mm512_set1_epi32(127));
+    return _mm512_or_ps(_mm512_cvtepi32_ps(magnitude),
+                        _mm512_and_ps(_mm512_castsi512_ps(top), _mm512_set1_ps(-0.0f)));
+  }
 #ifdef __AVX512BF16__
+  // Pairs of bf16 from sign and magnitude: both bytes of |w| come from tables of 128 entries.
+  static F i8_pairs(F four, int part) {
+    const __m512i bytes = _mm512_castps_si512(four);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kBf16.low), bytes,
+                                                 _mm512_load_si512(kBf16.low + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kBf16.high), bytes,
+                                                  _mm512_load_si512(kBf16.high + 64));
+    // high | (bytes & 0x80)
+    const __m512i top = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(-128), 0xf8);
+    return _mm512_castsi512_ps(part == 0 ? _mm512_unpacklo_epi8(low, top)
+                                         : _mm512_unpackhi_epi8(low, top));
+  }
   static F dot(F w, F x, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)(w), (__m512bh)(x)); }
 #endif
 
@@ -117,12 +164,30 @@ struct Avx512 {
     const __mmask16 bits = static_cast<__mmask16>(mask);
     return {_mm512_maskz_expand_epi32(bits, order), bits};
   }
-  static F expand(const float* panel, const Spread& s) {
-    return _mm512_maskz_permutex2var_ps(s.mask, load(panel), s.from, load(panel + kLanes));
+  struct Panel {
+    F low, high;
+  };
+  static Panel load_panel(const float* c) { return {load(c), load(c + kLanes)}; }
+  static F expand(const Panel& panel, const Spread& s) {
+    return _mm512_maskz_permutex2var_ps(s.mask, panel.low, s.from, panel.high);
   }
   template <class T>
   static void write(T* y, F value, int valid) {
     store16(y, value, valid);
+  }
+  static void write_pair(float* y, F a, F b, int valid) {
+    store16(y, a, kChunk);
+    store16(y + kChunk, b, valid);
+  }
+  static void write_pair(uint16_t* y, F a, F b, int valid) {
+#ifdef __AVX512BF16__
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    if (valid >= kChunk) return _mm512_storeu_si512(y, both);
+    _mm512_mask_storeu_epi16(y, (__mmask32{1} << (kChunk + valid)) - 1, both);
+#else
+    store16(y, a, kChunk);
+    store16(y + kChunk, b, valid);
+#endif
   }
   template <class T>
   static void add_write(T* y, F value, const T* residual, int valid) {

@@ -17,8 +17,9 @@ constexpr int kPanelVecs = kPanel / Vec::kLanes;
 constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
 // How far ahead of its use a weight is asked for, bytes: about 900 cycles, less where several
 // panels stream at once and the bandwidth is the limit.
-constexpr int ahead(int rows, int panels) {
-  return panels >= 3 ? 4096 : panels == 1 && rows <= 9 ? 16384 : 8192;
+constexpr int ahead_of(int rows, int panels) {
+  if (panels > 1) return panels > 2 || rows <= 2 ? 4096 : 8192;
+  return rows <= 9 ? 16384 : 8192;
 }
 
 struct TileArgs {
@@ -26,6 +27,7 @@ struct TileArgs {
   const uint8_t* w;
   size_t panel_bytes;
   int64_t units;
+  int64_t panel_units;  // from w to the end of the panel
   float* c;
   int64_t c_stride;
   const float* addend;  // c itself, or the bias with stride 0 in the first K block
@@ -35,23 +37,33 @@ struct TileArgs {
 // V is Vec, as a parameter so that levels without a dot product need not have one.
 template <Kind K, class V>
 FG_INLINE F accumulate(F w, F x, F acc) {
-  if constexpr (K == Kind::kDot) {
+  if constexpr (is_dot(K)) {
     return V::dot(w, x, acc);
   } else {
     return V::fma(w, x, acc);
   }
 }
 
+template <Kind K, class V>
+FG_INLINE F widen_i8(F w, int part) {
+  if constexpr (is_dot(K)) {
+    return V::i8_pairs(w, part);
+  } else {
+    return V::i8_floats(w, part);
+  }
+}
+
 template <Kind K, int MR, int NP, int NV>
 FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
-                         size_t panel_bytes) {
+                         size_t panel_bytes, int64_t ahead) {
   constexpr int kN = NP * NV;
   F wv[kN];
 #pragma GCC unroll 8
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (j % NV * (Vec::kLanes * 4) % 64 == 0) __builtin_prefetch(at + ahead(MR, NP));
+    if (j % NV * (Vec::kLanes * 4) % 64 == 0)
+      __builtin_prefetch(at + (NP > 1 ? ahead : ahead_of(MR, NP)));
   }
   if constexpr (K == Kind::kWide) {
     F odd[kN];
@@ -68,6 +80,21 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
       for (int j = 0; j < kN; ++j) acc[r][j] = Vec::fma(wv[j], even_x, acc[r][j]);
 #pragma GCC unroll 8
       for (int j = 0; j < kN; ++j) acc[r][j] = Vec::fma(odd[j], odd_x, acc[r][j]);
+    }
+  } else if constexpr (K == Kind::kI8 || K == Kind::kI8Dot) {
+    // Four FMAs or two dot products of the widened weight, each with its own unit of x.
+    constexpr int kParts = K == Kind::kI8 ? 4 : 2;
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      F wide[kN];
+#pragma GCC unroll 8
+      for (int j = 0; j < kN; ++j) wide[j] = widen_i8<K, Vec>(wv[j], part);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const F x = Vec::broadcast(reinterpret_cast<const float*>(a + r * row_stride(K)) + part);
+#pragma GCC unroll 8
+        for (int j = 0; j < kN; ++j) acc[r][j] = accumulate<K, Vec>(wide[j], x, acc[r][j]);
+      }
     }
   } else {
 #pragma GCC unroll 16
@@ -91,19 +118,33 @@ void tile(const TileArgs& t) {
   }
   const uint8_t* a = t.a;
   const uint8_t* w = t.w;
-  int64_t left = t.units;
-  for (; left >= 4; left -= 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes);
-    }
-    a += 4 * kStep;
-    w += 4 * kUnitBytes;
+  // Near the end of a panel, panels that stream at once look ahead into the next group: what
+  // follows each of them in memory is the next of themselves.
+  int64_t ahead = ahead_of(MR, NP);
+  int64_t rest = 0;
+  if constexpr (NP > 1) {
+    const int64_t far = t.panel_units - ahead / kUnitBytes;
+    rest = far < 0 ? t.units : far < t.units ? t.units - far : 0;
   }
-  for (; left > 0; --left) {
-    tile_step<K, MR, NP, NV>(acc, a, w, t.panel_bytes);
-    a += kStep;
-    w += kUnitBytes;
+  int64_t left = t.units - rest;
+  for (;;) {
+    for (; left >= 4; left -= 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
+      }
+      a += 4 * kStep;
+      w += 4 * kUnitBytes;
+    }
+    for (; left > 0; --left) {
+      tile_step<K, MR, NP, NV>(acc, a, w, t.panel_bytes, ahead);
+      a += kStep;
+      w += kUnitBytes;
+    }
+    if (NP == 1 || rest == 0) break;
+    left = rest;
+    rest = 0;
+    ahead += (NP - 1) * static_cast<int64_t>(t.panel_bytes);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
@@ -129,7 +170,7 @@ struct Shapes {
 
 template <Kind K, int MR>
 constexpr Shapes shapes() {
-  constexpr int kGroup = Vec::group(MR);
+  constexpr int kGroup = Vec::group(K, MR);
   constexpr int kVecs = Vec::vecs(MR);
   return {kGroup,
           kVecs,
@@ -233,6 +274,37 @@ void activate(Activation activation, float* c, int64_t rows, int64_t stride) {
   }
 }
 
+// C consecutive chunks of y for all rows of a tile; the last one may be cut short.
+template <class T, int C>
+void scatter_chunks(const Call& call, int64_t at, int64_t rows, const float* c, int64_t c_stride,
+                    const Vec::Spread* spreads, int last_valid) {
+  Vec::Spread spread[C];
+  for (int i = 0; i < C; ++i) spread[i] = spreads[i];
+  T* y = reinterpret_cast<T*>(call.y + at);
+  const T* residual = call.residual ? reinterpret_cast<const T*>(call.residual + at) : nullptr;
+  const int64_t y_stride = call.y_stride / static_cast<int64_t>(sizeof(T));
+  for (int64_t r = 0; r < rows; ++r, c += c_stride, y += y_stride) {
+    const auto panel = Vec::load_panel(c);
+    if (residual == nullptr) {
+#pragma GCC unroll 4
+      for (int i = 0; i + 1 < C; i += 2) {
+        Vec::write_pair(y + i * kChunk, Vec::expand(panel, spread[i]),
+                        Vec::expand(panel, spread[i + 1]), i + 2 == C ? last_valid : kChunk);
+      }
+      if (C % 2 == 1) {
+        Vec::write(y + (C - 1) * kChunk, Vec::expand(panel, spread[C - 1]), last_valid);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) {
+        Vec::add_write(y + i * kChunk, Vec::expand(panel, spread[i]), residual + i * kChunk,
+                       i + 1 == C ? last_valid : kChunk);
+      }
+      residual += y_stride;
+    }
+  }
+}
+
 // Expands one panel's results into its range of y: zeros (or the residual) between kept rows.
 // `limit` is where the caller's last panel ends: up to there a store may run past this panel's
 // range, because the next panel writes later.
@@ -244,30 +316,54 @@ void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, i
   const uint32_t chunks = p.row_segments[panel + 1].chunk - segment.chunk;
   int64_t column = segment.start;
   int kept = 0;
-  for (uint32_t i = 0; i < chunks; ++i, column += kChunk) {
-    const unsigned mask = p.row_masks[segment.chunk + i];
-    const auto spread = Vec::spread(mask, kept);
-    const int valid = limit - column < kChunk ? static_cast<int>(limit - column) : kChunk;
-    const int64_t at = first_row * call.y_stride + column * sizeof(T);
-    uint8_t* y = call.y + at;
-    if (call.residual == nullptr) {
-      for (int64_t r = 0; r < rows; ++r, y += call.y_stride) {
-        Vec::write(reinterpret_cast<T*>(y), Vec::expand(c + r * c_stride, spread), valid);
-      }
-    } else {
-      const uint8_t* residual = call.residual + at;
-      for (int64_t r = 0; r < rows; ++r, y += call.y_stride, residual += call.y_stride) {
-        Vec::add_write(reinterpret_cast<T*>(y), Vec::expand(c + r * c_stride, spread),
-                       reinterpret_cast<const T*>(residual), valid);
-      }
+  for (uint32_t done = 0; done < chunks;) {
+    Vec::Spread spreads[4];
+    const int count = chunks - done < 4 ? static_cast<int>(chunks - done) : 4;
+    for (int i = 0; i < count; ++i) {
+      const unsigned mask = p.row_masks[segment.chunk + done + i];
+      spreads[i] = Vec::spread(mask, kept);
+      kept += __builtin_popcount(mask);
     }
-    kept += __builtin_popcount(mask);
+    const int64_t at = first_row * call.y_stride + column * static_cast<int64_t>(sizeof(T));
+    column += count * kChunk;
+    const int valid = column > limit ? static_cast<int>(kChunk - (column - limit)) : kChunk;
+    constexpr decltype(&scatter_chunks<T, 1>) kScatter[] = {
+        scatter_chunks<T, 1>, scatter_chunks<T, 2>, scatter_chunks<T, 3>, scatter_chunks<T, 4>};
+    kScatter[count - 1](call, at, rows, c, c_stride, spreads, valid);
+    done += count;
+  }
+}
+
+// c *= up
+void multiply_by(const float* up, float* c, int64_t rows, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int64_t at = r * stride + v * Vec::kLanes;
+      Vec::store(c + at, Vec::mul(Vec::load(c + at), Vec::load(up + at)));
+    }
+  }
+}
+
+// c = c * scale + bias, of int8 weights.
+void rescale(const Packed& p, int64_t panel, float* c, int64_t rows, int64_t stride) {
+  for (int v = 0; v < kPanelVecs; ++v) {
+    const int64_t at = panel * kPanel + v * Vec::kLanes;
+    const F scale = Vec::load(p.scale + at), bias = Vec::load(p.bias + at);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* value = c + r * stride + v * Vec::kLanes;
+      Vec::store(value, Vec::fma(Vec::load(value), scale, bias));
+    }
   }
 }
 
 void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
-            float* c, int64_t c_stride) {
+            float* c, int64_t c_stride, float* up) {
+  if (call.layer.scale != nullptr) {
+    rescale(call.layer, panel, c, rows, c_stride);
+    if (call.pair) rescale(call.up, panel, up, rows, c_stride);
+  }
   activate(call.activation, c, rows, c_stride);
+  if (call.pair) multiply_by(up, c, rows, c_stride);
   if (call.type == Type::kF32) {
     scatter<float>(call, first_row, rows, panel, limit, c, c_stride);
   } else {
@@ -289,6 +385,9 @@ void run_tile(const Shapes& shape, TileArgs args, int64_t group, int vecs) {
   }
 }
 
+// What the sums of int8 weights start from: bias comes after the scale.
+alignas(64) constexpr float kZeros[kPanel * kMaxGroup] = {};
+
 template <Kind K>
 void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
               int64_t last_panel, const uint8_t* a, float* c) {
@@ -299,6 +398,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
   const int64_t tiles = (rows + Vec::tile_rows(K) - 1) / Vec::tile_rows(K);
   constexpr int64_t kChain = Vec::chain(K);
   const int64_t limit = p.row_segments[last_panel].start;
+  const int64_t up_offset = result_floats(rows);
   for (int64_t panel = first_panel; panel < last_panel;) {
     // Panels that share a K block of gathered rows while it is in L2, and, where a single tile
     // holds all rows, panels multiplied at once.
@@ -327,24 +427,30 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
           const int64_t tile_rows = (rows - tile_row) / (tiles - t);
           const Shapes& shape = shapes_of<K>(tile_rows);
           float* const tile_c = c + tile_row * c_stride + q * kPanel;
-          // At least once, also without columns: the bias still has to arrive.
-          for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
-            TileArgs args;
-            args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
-                     (unit - first_unit) * (row_stride(K) / kUnits);
-            args.w = p.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
-            args.panel_bytes = p.panel_bytes;
-            args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
-            args.c = tile_c;
-            args.c_stride = c_stride;
-            args.addend = unit == 0 ? p.bias + (panel + q) * kPanel : tile_c;
-            args.addend_stride = unit == 0 ? 0 : c_stride;
-            run_tile(shape, args, group, vecs);
+          for (int half = 0; half <= (call.pair ? 1 : 0); ++half) {
+            const Packed& weights = half == 0 ? p : call.up;
+            float* const half_c = tile_c + half * up_offset;
+            // At least once, also without columns: the bias still has to arrive.
+            for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
+              TileArgs args;
+              args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
+                       (unit - first_unit) * (row_stride(K) / kUnits);
+              args.w = weights.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
+              args.panel_bytes = p.panel_bytes;
+              args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
+              args.panel_units = all_units - unit;
+              args.c = half_c;
+              args.c_stride = c_stride;
+              const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;
+              args.addend = unit == 0 ? first : half_c;
+              args.addend_stride = unit == 0 ? 0 : c_stride;
+              run_tile(shape, args, group, vecs);
+            }
           }
           if (last_block) {
             for (int64_t g = 0; g < group; ++g) {
               finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
-                     tile_c + g * kPanel, c_stride);
+                     tile_c + g * kPanel, c_stride, tile_c + g * kPanel + up_offset);
             }
           }
           tile_row += tile_rows;
@@ -366,6 +472,13 @@ void multiply_any(const Call& call, int64_t first_row, int64_t rows, int64_t fir
       if constexpr (Vec::kHasDot) {
         return multiply<Kind::kDot>(call, first_row, rows, first_panel, last_panel, a, c);
       }
+      return;
+    case Kind::kI8:
+      return multiply<Kind::kI8>(call, first_row, rows, first_panel, last_panel, a, c);
+    case Kind::kI8Dot:
+      if constexpr (Vec::kHasDot) {
+        return multiply<Kind::kI8Dot>(call, first_row, rows, first_panel, last_panel, a, c);
+      }
   }
 }
 
@@ -383,22 +496,23 @@ void gather(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
       Out* out = reinterpret_cast<Out*>(a + block * block_bytes(call.kind, rows) + r * stride);
       out = Vec::gather(out, in + segment.start, p.column_masks + segment.chunk,
                         next.start - segment.start);
-      // The pair of a last odd column; its weight is zero, but zero times NaN is not.
-      if (unit_length(p.type) == 2) *out = 0;
+      // What a last incomplete unit lacks; its weights are zero, but zero times NaN is not.
+      for (int i = 1; i < unit_length(p.type); ++i) *out++ = 0;
     }
   }
 }
 
 void gather_any(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
   if (call.type == Type::kF32) return gather<float, float>(call, first_row, rows, a);
-  if (call.kind != Kind::kDot) return gather<uint16_t, float>(call, first_row, rows, a);
+  if (!is_dot(call.kind)) return gather<uint16_t, float>(call, first_row, rows, a);
   if constexpr (Vec::kHasDot) gather<uint16_t, uint16_t>(call, first_row, rows, a);
 }
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           Vec::kHasDot,
-          {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot)},
+          {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot),
+           Vec::tile_rows(Kind::kI8), Vec::tile_rows(Kind::kI8Dot)},
           gather_any,
           multiply_any};
 }

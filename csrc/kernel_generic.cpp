@@ -13,10 +13,10 @@ struct Vec {
   typedef uint32_t U __attribute__((vector_size(16)));
 
   static constexpr int tile_rows(Kind) { return 4; }
-  static constexpr int group(int) { return 1; }
+  static constexpr int group(Kind, int) { return 1; }
   static constexpr int vecs(int rows) { return rows <= 1 ? 8 : rows <= 2 ? 4 : 2; }
   // Units summed in one chain before they join the total; short, as nothing is fused here.
-  static constexpr int chain(Kind) { return 64; }
+  static constexpr int chain(Kind kind) { return kind == Kind::kI8 ? 16 : 64; }
 
   static F zero() { return F{}; }
   static F set(float x) { return F{x, x, x, x}; }
@@ -36,17 +36,35 @@ struct Vec {
   static F low_half(F pairs) { return F(U(pairs) << 16); }
   static F high_half(F pairs) { return F(U(pairs) & 0xffff0000u); }
 
+  // Bytes 2p and 2p + 1 of four outputs' pairs: sign and magnitude to fp32.
+  static F i8_floats(F four, int part) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&four) + part / 2 * 8 + part % 2;
+    F out;
+    for (int i = 0; i < 4; ++i) {
+      const float magnitude = static_cast<float>(bytes[2 * i] & 127);
+      out[i] = bytes[2 * i] & 128 ? -magnitude : magnitude;
+    }
+    return out;
+  }
+
   template <class In>
   static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
     return gather_scalar(out, in, masks, length);
   }
-  static ScalarSpread spread(unsigned mask, int kept) { return {mask, kept}; }
-  static ScalarChunk expand(const float* compact, ScalarSpread spread) {
-    return expand_scalar(compact, spread);
+  using Spread = ScalarSpread;
+  static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
+  static const float* load_panel(const float* c) { return c; }
+  static ScalarChunk expand(const float* panel, Spread spread) {
+    return expand_scalar(panel, spread);
   }
   template <class T>
   static void write(T* y, const ScalarChunk& chunk, int valid) {
     write_scalar(y, chunk, valid);
+  }
+  template <class T>
+  static void write_pair(T* y, const ScalarChunk& a, const ScalarChunk& b, int valid) {
+    write_scalar(y, a, kChunk);
+    write_scalar(y + kChunk, b, valid);
   }
   template <class T>
   static void add_write(T* y, const ScalarChunk& chunk, const T* residual, int valid) {

@@ -13,11 +13,18 @@ enum class Kind : int {
   kF32 = 0,   // fp32 x, fp32 weight: one FMA a unit
   kWide = 1,  // fp32 x, bf16 weight widened in registers: two FMAs a unit
   kDot = 2,   // bf16 x, bf16 weight: one dot product of two pairs a unit
+  kI8 = 3,    // fp32 x, int8 weight widened to fp32: four FMAs a unit
+  kI8Dot = 4  // bf16 x, int8 weight widened to bf16: two dot products a unit
 };
-constexpr int kKinds = 3;
+constexpr int kKinds = 5;
+constexpr bool is_dot(Kind kind) { return kind == Kind::kDot || kind == Kind::kI8Dot; }
 
-// Bytes of one gathered row in one K block.
-constexpr int row_stride(Kind kind) { return kind == Kind::kWide ? kUnits * 8 : kUnits * 4; }
+// Bytes of one gathered row in one K block: a unit of 1, 2, 2, 4 or 4 columns of x.
+constexpr int row_stride(Kind kind) {
+  return kind == Kind::kI8                             ? kUnits * 16
+         : kind == Kind::kWide || kind == Kind::kI8Dot ? kUnits * 8
+                                                       : kUnits * 4;
+}
 
 constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
 
@@ -28,6 +35,8 @@ constexpr int64_t block_bytes(Kind kind, int64_t rows) {
 
 struct Call {
   Packed layer;
+  Packed up;  // the second layer of a gated pair, if `pair`; same tables as `layer`
+  bool pair;
   Kind kind;
   Activation activation;
   Type type;  // of x, residual and y
@@ -53,6 +62,8 @@ struct Kernels {
 
 constexpr int kMaxGroup = 4;  // most panels one tile covers
 constexpr int kMaxSpan = 4;   // most panels whose results wait together
+
+constexpr int64_t result_floats(int64_t rows) { return rows * kPanel * kMaxSpan + kChunk; }
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;

@@ -79,7 +79,8 @@ void write_segments(const int32_t* index, int64_t kept, int64_t full, int64_t bl
 }
 
 struct Offsets {
-  size_t row_segments, row_masks, column_segments, column_masks, bias, panels, panel_bytes, total;
+  size_t row_segments, row_masks, column_segments, column_masks, bias, scale, panels, panel_bytes;
+  size_t total;
 };
 
 Offsets offsets_of(const Header& h) {
@@ -89,7 +90,9 @@ Offsets offsets_of(const Header& h) {
   o.column_segments = round_up(o.row_masks + size_t{h.row_chunks} * 2, alignof(Segment));
   o.column_masks = o.column_segments + (size_t{h.column_blocks} + 1) * sizeof(Segment);
   o.bias = round_up(o.column_masks + (size_t{h.column_chunks} + 1) * 2, kAlign);
-  o.panels = round_up(o.bias + size_t{h.row_blocks} * kPanel * sizeof(float), kAlign);
+  const size_t row_values = size_t{h.row_blocks} * kPanel * sizeof(float);
+  o.scale = o.bias + row_values;
+  o.panels = o.scale + (static_cast<Type>(h.type) == Type::kI8 ? row_values : 0);
   const size_t units = divide_up(h.columns, unit_length(static_cast<Type>(h.type)));
   o.panel_bytes = units * kPanel * 4;
   o.total = o.panels + o.panel_bytes * h.row_blocks;
@@ -106,7 +109,7 @@ int64_t block_columns_of(int64_t columns, Type type) {
 }
 
 Header header_of(const LayerShape& s) {
-  if (s.type != Type::kF32 && s.type != Type::kBf16) fail("unknown weight type");
+  if (s.type > Type::kI8) fail("unknown weight type");
   for (const int64_t size : {s.rows, s.columns, s.out_features, s.in_features}) {
     if (size < 0 || size > kMaxFeatures) fail("a size is outside [0, 2^30]");
   }
@@ -162,29 +165,43 @@ void check_segments(const char* name, const Segment* segments, const uint16_t* m
   if (!good) fail(std::string("packed buffer: damaged table of kept ") + name);
 }
 
+// Where weight [row, k] lies in its unit of 128 bytes, in elements. int8 goes in groups of 4
+// outputs: their columns 0 and 1, then 2 and 3, so that one byte interleave makes pairs of bf16.
+template <class T>
+int64_t place(int64_t row, int64_t k) {
+  if constexpr (sizeof(T) == 1) return row / 4 * 16 + k / 2 * 8 + row % 4 * 2 + k % 2;
+  return row * static_cast<int64_t>(4 / sizeof(T)) + k;
+}
+
+uint8_t sign_magnitude(uint8_t x) { return x < 128 ? x : static_cast<uint8_t>(256 - x) | 128; }
+uint8_t twos_complement(uint8_t x) { return x < 128 ? x : static_cast<uint8_t>(256 - (x & 127)); }
+
 template <class T>
 void copy_panels(const LayerShape& s, const T* weight, uint8_t* panels, size_t panel_bytes) {
-  const int64_t unit = unit_length(s.type);
-  const int64_t units = divide_up(s.columns, unit);
+  constexpr int64_t kUnit = 4 / sizeof(T);
   for (int64_t row = 0; row < s.rows; ++row) {
-    T* out = reinterpret_cast<T*>(panels + row / kPanel * panel_bytes) + row % kPanel * unit;
+    T* out = reinterpret_cast<T*>(panels + row / kPanel * panel_bytes);
     const T* in = weight + row * s.columns;
-    for (int64_t u = 0; u < units; ++u) {
-      for (int64_t i = 0; i < unit && u * unit + i < s.columns; ++i) {
-        out[u * kPanel * unit + i] = in[u * unit + i];
+    for (int64_t k = 0; k < s.columns; ++k) {
+      T value = in[k];
+      if constexpr (sizeof(T) == 1) {
+        if (value == 128) fail("int8 weights must be in [-127, 127], got -128");
+        value = sign_magnitude(value);
       }
+      out[k / kUnit * kPanel * kUnit + place<T>(row % kPanel, k % kUnit)] = value;
     }
   }
 }
 
 template <class T>
 void read_panels(const Packed& p, T* weight) {
-  const int64_t unit = unit_length(p.type);
+  constexpr int64_t kUnit = 4 / sizeof(T);
   for (int64_t row = 0; row < p.rows; ++row) {
-    const T* in =
-        reinterpret_cast<const T*>(p.panels + row / kPanel * p.panel_bytes) + row % kPanel * unit;
+    const T* in = reinterpret_cast<const T*>(p.panels + row / kPanel * p.panel_bytes);
     for (int64_t k = 0; k < p.columns; ++k) {
-      weight[row * p.columns + k] = in[k / unit * kPanel * unit + k % unit];
+      T value = in[k / kUnit * kPanel * kUnit + place<T>(row % kPanel, k % kUnit)];
+      if constexpr (sizeof(T) == 1) value = twos_complement(value);
+      weight[row * p.columns + k] = value;
     }
   }
 }
@@ -200,11 +217,29 @@ void read_index(const Segment* segments, const uint16_t* masks, int64_t blocks, 
   }
 }
 
+bool same_table(const Segment* a, const uint16_t* a_masks, const Segment* b,
+                const uint16_t* b_masks, int64_t blocks) {
+  return std::memcmp(a, b, (blocks + 1) * sizeof(Segment)) == 0 &&
+         std::memcmp(a_masks, b_masks, a[blocks].chunk * sizeof(uint16_t)) == 0;
+}
+
 }  // namespace
+
+bool same_columns(const Packed& a, const Packed& b) {
+  return a.type == b.type && a.in_features == b.in_features && a.columns == b.columns &&
+         same_table(a.column_segments, a.column_masks, b.column_segments, b.column_masks,
+                    a.column_blocks);
+}
+
+bool same_rows(const Packed& a, const Packed& b) {
+  return a.out_features == b.out_features && a.rows == b.rows &&
+         same_table(a.row_segments, a.row_masks, b.row_segments, b.row_masks, a.row_blocks);
+}
 
 size_t packed_bytes(const LayerShape& shape) { return offsets_of(header_of(shape)).total; }
 
-void pack(const LayerShape& s, const void* weight, const float* bias, void* buffer, size_t bytes) {
+void pack(const LayerShape& s, const void* weight, const float* bias, const float* scale,
+          void* buffer, size_t bytes) {
   const Header h = header_of(s);
   const Offsets o = offsets_of(h);
   if (buffer == nullptr || bytes != o.total || reinterpret_cast<uintptr_t>(buffer) % kAlign) {
@@ -213,6 +248,7 @@ void pack(const LayerShape& s, const void* weight, const float* bias, void* buff
   }
   if (weight == nullptr && s.rows > 0 && s.columns > 0) fail("weight is null");
   if (bias == nullptr && s.has_bias && s.rows > 0) fail("bias is null");
+  if (scale == nullptr && s.type == Type::kI8 && s.rows > 0) fail("scale is null");
   uint8_t* base = static_cast<uint8_t*>(buffer);
   std::memset(base, 0, bytes);
   std::memcpy(base, &h, sizeof(h));
@@ -223,7 +259,10 @@ void pack(const LayerShape& s, const void* weight, const float* bias, void* buff
                  reinterpret_cast<Segment*>(base + o.column_segments),
                  reinterpret_cast<uint16_t*>(base + o.column_masks));
   if (s.has_bias && s.rows > 0) std::memcpy(base + o.bias, bias, s.rows * sizeof(float));
-  if (s.type == Type::kF32) {
+  if (s.type == Type::kI8) {
+    if (s.rows > 0) std::memcpy(base + o.scale, scale, s.rows * sizeof(float));
+    copy_panels(s, static_cast<const uint8_t*>(weight), base + o.panels, o.panel_bytes);
+  } else if (s.type == Type::kF32) {
     copy_panels(s, static_cast<const uint32_t*>(weight), base + o.panels, o.panel_bytes);
   } else {
     copy_panels(s, static_cast<const uint16_t*>(weight), base + o.panels, o.panel_bytes);
@@ -243,7 +282,7 @@ Packed view(const void* buffer, size_t bytes) {
          std::to_string(kVersion));
   }
   const Type type = static_cast<Type>(h.type);
-  if (h.type > 1 || h.rows > kMaxFeatures || h.columns > kMaxFeatures ||
+  if (h.type > 2 || h.rows > kMaxFeatures || h.columns > kMaxFeatures ||
       h.out_features > kMaxFeatures || h.in_features > kMaxFeatures ||
       h.block_columns != block_columns_of(h.columns, type) ||
       h.row_blocks != std::max<int64_t>(1, divide_up(h.rows, kPanel)) ||
@@ -272,6 +311,7 @@ Packed view(const void* buffer, size_t bytes) {
   p.column_segments = reinterpret_cast<const Segment*>(base + o.column_segments);
   p.column_masks = reinterpret_cast<const uint16_t*>(base + o.column_masks);
   p.bias = reinterpret_cast<const float*>(base + o.bias);
+  p.scale = type == Type::kI8 ? reinterpret_cast<const float*>(base + o.scale) : nullptr;
   p.panels = base + o.panels;
   p.panel_bytes = o.panel_bytes;
   check_segments("rows", p.row_segments, p.row_masks, p.row_blocks, h.row_chunks, p.rows,
@@ -283,7 +323,9 @@ Packed view(const void* buffer, size_t bytes) {
 
 void unpack_weight(const Packed& packed, void* weight) {
   if (weight == nullptr && packed.rows > 0 && packed.columns > 0) fail("weight is null");
-  if (packed.type == Type::kF32) {
+  if (packed.type == Type::kI8) {
+    read_panels(packed, static_cast<uint8_t*>(weight));
+  } else if (packed.type == Type::kF32) {
     read_panels(packed, static_cast<uint32_t*>(weight));
   } else {
     read_panels(packed, static_cast<uint16_t*>(weight));

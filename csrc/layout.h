@@ -3,7 +3,10 @@
 // It is the only thing a call needs besides x and y. Every level of the instruction set reads the
 // same layout, so a buffer may move between processes that chose different levels.
 //
-//   Header | row Segments | row masks | column Segments | column masks | bias | panels
+//   Header | row Segments | row masks | column Segments | column masks | bias [| scale] | panels
+//
+// A panel holds, for each unit of 1, 2 or 4 columns (4 bytes of weight), 32 outputs: 128 bytes.
+// int8 is stored as sign and magnitude, which a table of 128 entries turns into bf16.
 //
 // Kept rows are cut into blocks of kPanel, kept columns into K blocks. A block covers the *full*
 // indices from its own start to the start of the next block, in chunks of 16 with one bit for each
@@ -16,14 +19,15 @@
 
 namespace finegates {
 
-constexpr int kPanel = 32;   // outputs of one weight panel
-constexpr int kChunk = 16;   // full indices described by one mask
-constexpr int kUnits = 384;  // longest K block in units of 4 bytes (one fp32 or two bf16 weights)
+constexpr int kPanel = 32;  // outputs of one weight panel
+constexpr int kChunk = 16;  // full indices described by one mask
+constexpr int kUnits =
+    384;  // longest K block in units of 4 bytes (one fp32, two bf16, four int8 weights)
 constexpr size_t kAlign = 64;
 
-enum class Type : uint8_t { kF32 = 0, kBf16 = 1 };
+enum class Type : uint8_t { kF32 = 0, kBf16 = 1, kI8 = 2 };  // kI8: weights only
 
-inline int type_bytes(Type type) { return type == Type::kF32 ? 4 : 2; }
+inline int type_bytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBf16 ? 2 : 1; }
 inline int unit_length(Type type) { return 4 / type_bytes(type); }
 
 struct Header {
@@ -63,6 +67,7 @@ struct Packed {
   const Segment* column_segments;  // column_blocks + 1
   const uint16_t* column_masks;    // one zero mask follows the last
   const float* bias;               // row_blocks * kPanel
+  const float* scale;              // the same, of int8 weights; null for others
   const uint8_t* panels;
   size_t panel_bytes;
 };
@@ -78,9 +83,14 @@ struct LayerShape {
 
 // All three throw std::invalid_argument with a one-line message.
 size_t packed_bytes(const LayerShape& shape);
-void pack(const LayerShape& shape, const void* weight, const float* bias, void* buffer,
-          size_t bytes);
+// int8 weights are in [-127, 127] and have one scale a row.
+void pack(const LayerShape& shape, const void* weight, const float* bias, const float* scale,
+          void* buffer, size_t bytes);
 Packed view(const void* buffer, size_t bytes);
+
+// Whether x is gathered alike for both layers, and whether their results are scattered alike.
+bool same_columns(const Packed& a, const Packed& b);
+bool same_rows(const Packed& a, const Packed& b);
 
 void unpack_weight(const Packed& packed, void* weight);
 void unpack_indices(const Packed& packed, int32_t* rows, int32_t* columns);

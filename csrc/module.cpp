@@ -1,8 +1,10 @@
 // finegates._C: pointers in, pointers out. finegates/ops/_cpu.py is the only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "isa.h"
 #include "layout.h"
@@ -15,8 +17,8 @@ namespace {
 using finegates::Activation;
 using finegates::Type;
 
-Type type_of(int code) {
-  if (code < 0 || code > 1) throw std::invalid_argument("unknown dtype code");
+Type type_of(int code, int most = 1) {
+  if (code < 0 || code > most) throw std::invalid_argument("unknown dtype code");
   return static_cast<Type>(code);
 }
 
@@ -24,7 +26,7 @@ Type type_of(int code) {
 finegates::LayerShape shape_of(int type, int64_t rows, int64_t columns, int64_t out_features,
                                int64_t in_features, int given, uintptr_t row_index,
                                uintptr_t column_index) {
-  return {type_of(type),
+  return {type_of(type, 2),
           rows,
           columns,
           out_features,
@@ -44,11 +46,11 @@ size_t packed_bytes(int type, int64_t rows, int64_t columns, int64_t out_feature
 
 void pack(int type, int64_t rows, int64_t columns, int64_t out_features, int64_t in_features,
           int given, uintptr_t row_index, uintptr_t column_index, uintptr_t weight, uintptr_t bias,
-          uintptr_t buffer, size_t bytes) {
+          uintptr_t scale, uintptr_t buffer, size_t bytes) {
   finegates::pack(
       shape_of(type, rows, columns, out_features, in_features, given, row_index, column_index),
       reinterpret_cast<const void*>(weight), reinterpret_cast<const float*>(bias),
-      reinterpret_cast<void*>(buffer), bytes);
+      reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(buffer), bytes);
 }
 
 py::dict describe(uintptr_t packed, size_t bytes) {
@@ -63,6 +65,7 @@ py::dict describe(uintptr_t packed, size_t bytes) {
   out["has_rows"] = p.has_rows;
   out["has_columns"] = p.has_columns;
   out["bias_offset"] = reinterpret_cast<uintptr_t>(p.bias) - packed;
+  out["scale_offset"] = p.scale ? reinterpret_cast<uintptr_t>(p.scale) - packed : 0;
   return out;
 }
 
@@ -73,14 +76,40 @@ void unpack(uintptr_t packed, size_t bytes, uintptr_t weight, uintptr_t rows, ui
                             reinterpret_cast<int32_t*>(columns));
 }
 
+Activation activation_of(int code) {
+  if (code < 0 || code > 4) throw std::invalid_argument("unknown activation code");
+  return static_cast<Activation>(code);
+}
+
 void pruned_linear(uintptr_t packed, size_t bytes, uintptr_t x, int64_t m, int64_t in_features,
                    int64_t x_stride, int type, uintptr_t y, int64_t out_features,
                    uintptr_t residual, int activation) {
-  if (activation < 0 || activation > 4) throw std::invalid_argument("unknown activation code");
   finegates::pruned_linear(
       {reinterpret_cast<const void*>(packed), bytes, reinterpret_cast<const void*>(x), m,
        in_features, x_stride, type_of(type), reinterpret_cast<void*>(y), out_features,
-       reinterpret_cast<const void*>(residual), static_cast<Activation>(activation)});
+       reinterpret_cast<const void*>(residual), activation_of(activation), nullptr, 0});
+}
+
+void pruned_glu(uintptr_t gate, size_t gate_bytes, uintptr_t up, size_t up_bytes, uintptr_t x,
+                int64_t m, int64_t in_features, int64_t x_stride, int type, uintptr_t y,
+                int64_t out_features, int activation) {
+  if (up == 0) throw std::invalid_argument("packed buffer: too short for a header");
+  finegates::pruned_linear(
+      {reinterpret_cast<const void*>(gate), gate_bytes, reinterpret_cast<const void*>(x), m,
+       in_features, x_stride, type_of(type), reinterpret_cast<void*>(y), out_features, nullptr,
+       activation_of(activation), reinterpret_cast<const void*>(up), up_bytes});
+}
+
+// layers: a sequence of (packed, bytes, y, out_features).
+void pruned_linears(const std::vector<std::tuple<uintptr_t, size_t, uintptr_t, int64_t>>& layers,
+                    uintptr_t x, int64_t m, int64_t in_features, int64_t x_stride, int type) {
+  std::vector<finegates::LinearArgs> args;
+  for (const auto& [packed, bytes, y, out_features] : layers) {
+    args.push_back({reinterpret_cast<const void*>(packed), bytes, reinterpret_cast<const void*>(x),
+                    m, in_features, x_stride, type_of(type), reinterpret_cast<void*>(y),
+                    out_features, nullptr, Activation::kNone, nullptr, 0});
+  }
+  finegates::pruned_linears(args.data(), static_cast<int>(args.size()));
 }
 
 }  // namespace
@@ -94,4 +123,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("describe", &describe);
   m.def("unpack", &unpack, unlocked());
   m.def("pruned_linear", &pruned_linear, unlocked());
+  m.def("pruned_linears", &pruned_linears, unlocked());
+  m.def("pruned_glu", &pruned_glu, unlocked());
 }

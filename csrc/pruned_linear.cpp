@@ -19,6 +19,7 @@ constexpr int64_t kGatherBytes = 384 * 1024;
 // Vector multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 40000;
 constexpr int64_t kTasksPerThread = 4;
+constexpr int kMaxLayers = 8;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -68,80 +69,143 @@ void check(const LinearArgs& args, const Packed& layer) {
   }
 }
 
-// How a call is cut: blocks of rows, each gathered once, times groups of panels.
-struct Plan {
+// One layer of a call and how it is cut: blocks of rows, each gathered once, times groups of
+// panels.
+struct Job {
+  Call call;
+  int gather;  // the first job whose gathered rows serve this one too
+  int64_t m;
   int64_t tiles;  // of rows, over all blocks
   int64_t blocks;
+  int64_t rows;  // of the largest block
   int64_t groups;
   int64_t group_panels;
-  int64_t rows;  // of the largest block
-  int threads;
+  int64_t first_task;
+
+  int64_t first_row(int64_t block) const { return m * (tiles * block / blocks) / tiles; }
 };
 
-Plan make_plan(const Packed& layer, Kind kind, int64_t m, const Kernels& isa) {
-  const int64_t tile_rows = isa.tile_rows[static_cast<int>(kind)];
-  const int64_t most = kGatherBytes / row_stride(kind) / tile_rows;
-  Plan plan;
-  plan.tiles = divide_up(m, tile_rows);
-  plan.blocks = divide_up(plan.tiles, most);
-  plan.rows = divide_up(plan.tiles, plan.blocks) * tile_rows;
-  const int64_t work = layer.row_blocks * 2 * layer.columns * std::max<int64_t>(m, 4);
-  plan.threads = work < kSerialWork ? 1 : max_threads();
-  const int64_t wanted = plan.threads == 1 ? 1 : plan.threads * kTasksPerThread;
-  const int64_t per_block = std::min(divide_up(wanted, plan.blocks), layer.row_blocks);
-  plan.group_panels = divide_up(divide_up(layer.row_blocks, per_block), kMaxSpan) * kMaxSpan;
-  if (plan.threads == 1) plan.group_panels = layer.row_blocks;
-  plan.groups = divide_up(layer.row_blocks, plan.group_panels);
-  plan.threads = static_cast<int>(std::min<int64_t>(plan.threads, plan.blocks * plan.groups));
-  return plan;
+int64_t work_of(const Job& job) {
+  const Packed& layer = job.call.layer;
+  return layer.row_blocks * 2 * layer.columns * std::max<int64_t>(job.m, 4) *
+         (job.call.pair ? 2 : 1);
+}
+
+Job make_job(const LinearArgs& args, const Kernels& isa) {
+  Job job;
+  Call& call = job.call;
+  call.layer = view(args.packed, args.packed_bytes);
+  check(args, call.layer);
+  call.pair = args.up != nullptr;
+  if (call.pair) {
+    call.up = view(args.up, args.up_bytes);
+    if (!same_columns(call.layer, call.up) || !same_rows(call.layer, call.up)) {
+      throw std::invalid_argument("the two layers must keep the same rows and columns");
+    }
+  }
+  const bool dot = args.type == Type::kBf16 && isa.has_dot;
+  const int element = type_bytes(args.type);
+  call.kind = call.layer.type == Type::kF32    ? Kind::kF32
+              : call.layer.type == Type::kBf16 ? (dot ? Kind::kDot : Kind::kWide)
+                                               : (dot ? Kind::kI8Dot : Kind::kI8);
+  call.activation = args.activation;
+  call.type = args.type;
+  call.x = static_cast<const uint8_t*>(args.x);
+  call.y = static_cast<uint8_t*>(args.y);
+  call.residual = static_cast<const uint8_t*>(args.residual);
+  call.x_stride = args.x_stride * element;
+  call.y_stride = args.out_features * element;
+  job.m = args.m;
+  return job;
+}
+
+// Cuts the rows, then the panels: enough tasks that a slow thread may take fewer.
+void cut(Job& job, int threads, const Kernels& isa) {
+  const Packed& layer = job.call.layer;
+  const int64_t tile_rows = isa.tile_rows[static_cast<int>(job.call.kind)];
+  const int64_t most = kGatherBytes / row_stride(job.call.kind) / tile_rows;
+  job.tiles = divide_up(job.m, tile_rows);
+  job.blocks = divide_up(job.tiles, most);
+  job.rows = divide_up(job.tiles, job.blocks) * tile_rows;
+  job.group_panels = layer.row_blocks;
+  if (threads > 1) {
+    const int64_t wanted = divide_up(threads * kTasksPerThread, job.blocks);
+    job.group_panels = divide_up(layer.row_blocks, std::min(wanted, layer.row_blocks));
+    job.group_panels = divide_up(job.group_panels, kMaxSpan) * kMaxSpan;
+  }
+  job.groups = divide_up(layer.row_blocks, job.group_panels);
+}
+
+void run_task(const Job& job, int64_t task, bool gathered_already, const Kernels& isa,
+              uint8_t* gathered, float* results) {
+  const int64_t block = task / job.groups;
+  const int64_t first_row = job.first_row(block);
+  const int64_t rows = job.first_row(block + 1) - first_row;
+  if (!gathered_already) isa.gather(job.call, first_row, rows, gathered);
+  const int64_t first_panel = task % job.groups * job.group_panels;
+  const int64_t last_panel = std::min(first_panel + job.group_panels, job.call.layer.row_blocks);
+  isa.multiply(job.call, first_row, rows, first_panel, last_panel, gathered, results);
 }
 
 }  // namespace
 
-void pruned_linear(const LinearArgs& args) {
-  const Packed layer = view(args.packed, args.packed_bytes);
-  check(args, layer);
-  if (args.m == 0 || args.out_features == 0) return;
+void pruned_linears(const LinearArgs* args, int count) {
+  if (count < 0 || count > kMaxLayers) throw std::invalid_argument("1 to 8 layers in one call");
   const Kernels& isa = kernels();
-  const bool dot = layer.type == Type::kBf16 && args.type == Type::kBf16 && isa.has_dot;
-  const Kind kind = layer.type == Type::kF32 ? Kind::kF32 : dot ? Kind::kDot : Kind::kWide;
-  const int element = type_bytes(args.type);
-  const Call call = {layer,
-                     kind,
-                     args.activation,
-                     args.type,
-                     static_cast<const uint8_t*>(args.x),
-                     static_cast<uint8_t*>(args.y),
-                     static_cast<const uint8_t*>(args.residual),
-                     args.x_stride * element,
-                     args.out_features * element};
-  const Plan plan = make_plan(layer, kind, args.m, isa);
-  const size_t gathered_bytes = layer.column_blocks * block_bytes(kind, plan.rows);
-  const size_t result_bytes = (plan.rows * kPanel * kMaxSpan + kChunk) * sizeof(float);
+  Job jobs[kMaxLayers];
+  int64_t work = 0;
+  for (int i = 0; i < count; ++i) {
+    jobs[i] = make_job(args[i], isa);
+    work += work_of(jobs[i]);
+  }
+  const int most_threads = work < kSerialWork ? 1 : max_threads();
+  int64_t tasks = 0;
+  size_t gathered_bytes = 0, result_bytes = 0;
+  for (int i = 0; i < count; ++i) {
+    Job& job = jobs[i];
+    job.first_task = tasks;
+    if (job.m == 0 || job.call.layer.out_features == 0) continue;
+    cut(job, most_threads, isa);
+    tasks += job.blocks * job.groups;
+    const Packed& layer = job.call.layer;
+    job.gather = 0;
+    while (!(args[job.gather].x == args[i].x && args[job.gather].m == args[i].m &&
+             args[job.gather].x_stride == args[i].x_stride &&
+             args[job.gather].type == args[i].type &&
+             same_columns(jobs[job.gather].call.layer, layer))) {
+      ++job.gather;
+    }
+    gathered_bytes = std::max<size_t>(gathered_bytes,
+                                      layer.column_blocks * block_bytes(job.call.kind, job.rows));
+    result_bytes = std::max<size_t>(
+        result_bytes, result_floats(job.rows) * (job.call.pair ? 2 : 1) * sizeof(float));
+  }
+  if (tasks == 0) return;
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
   // Tasks are taken one by one: a thread that the machine slows down takes fewer.
-  parallel(plan.threads, [&] {
+  parallel(static_cast<int>(std::min<int64_t>(most_threads, tasks)), [&] {
     uint8_t* gathered = scratch.get(gathered_bytes + result_bytes);
     if (gathered == nullptr) {
       out_of_memory = true;
       return;
     }
     float* results = reinterpret_cast<float*>(gathered + gathered_bytes);
-    int64_t ready = -1;
-    for (int64_t task; (task = next.fetch_add(1)) < plan.blocks * plan.groups;) {
-      const int64_t block = task / plan.groups, group = task % plan.groups;
-      const int64_t first_row = args.m * (plan.tiles * block / plan.blocks) / plan.tiles;
-      const int64_t last_row = args.m * (plan.tiles * (block + 1) / plan.blocks) / plan.tiles;
-      const int64_t rows = last_row - first_row;
-      if (ready != block) isa.gather(call, first_row, rows, gathered);
-      ready = block;
-      const int64_t first_panel = group * plan.group_panels;
-      isa.multiply(call, first_row, rows, first_panel,
-                   std::min(first_panel + plan.group_panels, layer.row_blocks), gathered, results);
+    int64_t ready_gather = -1, ready_block = -1;
+    int at = 0;
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+      while (at + 1 < count && task >= jobs[at + 1].first_task) ++at;
+      const Job& job = jobs[at];
+      const int64_t own = task - job.first_task, block = own / job.groups;
+      const bool ready = ready_gather == job.gather && ready_block == block;
+      run_task(job, own, ready, isa, gathered, results);
+      ready_gather = job.gather;
+      ready_block = block;
     }
   });
   if (out_of_memory) throw std::bad_alloc();
 }
+
+void pruned_linear(const LinearArgs& args) { pruned_linears(&args, 1); }
 
 }  // namespace finegates

@@ -274,13 +274,20 @@ def test_foreign_config_attribute_is_not_touched(config: Any) -> None:
         assert config == {"a": 1}
 
 
-def test_shared_module_is_gated_once() -> None:
-    """One Linear at two places stays one layer with one set of gates at the first name."""
+def test_layer_at_two_places_is_refused() -> None:
     linear = nn.Linear(4, 4)
-    model = nn.Sequential(linear, nn.ReLU(), linear).eval()
-    gate_(model, GateConfig(modules=("*",)))
-    with torch.no_grad():
-        GateMap(model).gates()[0].logits[1] = -1.0
-    x = torch.randn(3, 4)
-    before = model(x)
-    torch.testing.assert_close(prune_(model)(x), before)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    with pytest.raises(ValueError, match="'0' is the same layer as '2'"):
+        gate_(model, GateConfig(modules=("*",)))
+
+
+def test_trainable_pattern_without_a_match_warns() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"trainable: 'head\.\*' matches no parameter"):
+        gate_(model, GateConfig(modules=("*",), trainable=("head.*",)))
+
+
+def test_activation_is_probed_under_the_meta_device() -> None:
+    model = build("bert")
+    with torch.device("meta"):
+        assert len(architecture_of(model).couplings) == 6

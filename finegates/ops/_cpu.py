@@ -12,6 +12,7 @@ there only where no gradient is wanted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ _C: Any = _native._C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_DTYPES = (torch.float32, torch.bfloat16)
+_WEIGHT_TYPES = {**_TYPES, torch.int8: 2}
+_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Layout(NamedTuple):
@@ -38,6 +40,17 @@ class Layout(NamedTuple):
     has_rows: bool
     has_columns: bool
     bias_offset: int
+    scale_offset: int
+
+
+class Operands(NamedTuple):
+    """What went into a packed tensor; ``scale`` only with an int8 weight."""
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+    scale: Tensor | None
 
 
 def why_not(x: Tensor, weight: Tensor | None = None) -> str | None:
@@ -68,6 +81,15 @@ def _index(name: str, index: Tensor | None) -> Tensor | None:
     return index.to(device="cpu", dtype=torch.int32).contiguous()
 
 
+def _row_values(name: str, values: Tensor | None, n_rows: int) -> Tensor | None:
+    """Return one float32 for each kept row, contiguous."""
+    if values is None:
+        return None
+    if values.shape != (n_rows,):
+        raise ValueError(f"{name} must have shape ({n_rows},), got {tuple(values.shape)}")
+    return values.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -79,15 +101,18 @@ def prepare(
     columns: Tensor | None = None,
     out_features: int | None = None,
     in_features: int | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Pack a compact weight with its bias and kept indices for :func:`pruned_linear`.
 
     Args:
-        weight (`Tensor` [n_rows, n_columns]): float32 or bfloat16; float16 becomes float32.
+        weight (`Tensor` [n_rows, n_columns]): float32, bfloat16 or, with ``scale``, int8 in
+            [-127, 127]; float16 becomes float32.
         bias (`Tensor` [n_rows], *optional*): any float dtype, kept as float32.
         rows (`Tensor` [n_rows], *optional*): strictly increasing kept outputs, None for all.
         columns (`Tensor` [n_columns], *optional*): strictly increasing kept inputs, None for all.
         out_features, in_features (`int`, *optional*): full sizes; default to the weight's.
+        scale (`Tensor` [n_rows], *optional*): of an int8 weight, see :func:`quantize_rows`.
 
     Returns:
         `Tensor` [bytes]: uint8, with a header. A plain tensor: it may be copied and moved.
@@ -99,8 +124,10 @@ def prepare(
         raise ValueError(f"weight must be 2-D, got {weight.dim()}-D")
     if weight.dtype == torch.float16:
         weight = weight.float()
-    if weight.dtype not in _TYPES:
-        raise ValueError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.dtype not in _WEIGHT_TYPES:
+        raise ValueError(f"weight must be float32, bfloat16, float16 or int8, got {weight.dtype}")
+    if (scale is None) != (weight.dtype != torch.int8):
+        raise ValueError(f"scale goes with an int8 weight and only there, got {weight.dtype}")
     if weight.device.type != "cpu":
         raise ValueError(f"weight must be on the CPU, got {weight.device}")
     n_rows, n_columns = weight.shape
@@ -109,12 +136,9 @@ def prepare(
     for name, index, kept in (("rows", rows, n_rows), ("columns", columns, n_columns)):
         if index is not None and index.numel() != kept:
             raise ValueError(f"{name} has {index.numel()} entries, the weight {kept}")
-    if bias is not None:
-        if bias.shape != (n_rows,):
-            raise ValueError(f"bias must have shape ({n_rows},), got {tuple(bias.shape)}")
-        bias = bias.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    bias, scale = _row_values("bias", bias, n_rows), _row_values("scale", scale, n_rows)
     shape = (
-        _TYPES[weight.dtype],
+        _WEIGHT_TYPES[weight.dtype],
         n_rows,
         n_columns,
         n_rows if out_features is None else out_features,
@@ -124,8 +148,27 @@ def prepare(
         _pointer(columns),
     )
     packed = torch.empty(_C.packed_bytes(*shape), dtype=torch.uint8)
-    _C.pack(*shape, _pointer(weight), _pointer(bias), packed.data_ptr(), packed.numel())
+    _C.pack(
+        *shape,
+        _pointer(weight),
+        _pointer(bias),
+        _pointer(scale),
+        packed.data_ptr(),
+        packed.numel(),
+    )
     return packed
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 q and float32 scale [rows] with ``weight ≈ q * scale[:, None]``.
+
+    Symmetric round to nearest, the largest magnitude of a row at 127: error ≤ scale / 2.
+    """
+    wide = weight.detach().float()
+    largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    q = torch.round(wide / scale[:, None]).clamp_(-127, 127)
+    return q.to(torch.int8), scale
 
 
 def _aligned(packed: Tensor) -> Tensor:
@@ -154,11 +197,12 @@ def describe(packed: Tensor) -> Layout:
         d["has_rows"],
         d["has_columns"],
         d["bias_offset"],
+        d["scale_offset"],
     )
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the compact weight (bit for bit), float32 bias, rows and columns of ``packed``."""
+def unpack(packed: Tensor) -> Operands:
+    """Return what :func:`prepare` was given: the weight bit for bit, bias and scale in float32."""
     packed = _aligned(packed)
     d = describe(packed)
     weight = torch.empty(d.n_rows, d.n_columns, dtype=d.dtype)
@@ -167,11 +211,13 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
     _C.unpack(
         packed.data_ptr(), packed.numel(), _pointer(weight), _pointer(rows), _pointer(columns)
     )
-    bias = None
-    if d.has_bias:
-        end = d.bias_offset + 4 * d.n_rows
-        bias = packed[d.bias_offset : end].view(torch.float32).clone()
-    return weight, bias, rows, columns
+
+    def values(offset: int) -> Tensor:
+        return packed[offset : offset + 4 * d.n_rows].view(torch.float32).clone()
+
+    bias = values(d.bias_offset) if d.has_bias else None
+    scale = values(d.scale_offset) if d.dtype == torch.int8 else None
+    return Operands(weight, bias, rows, columns, scale)
 
 
 def pruned_linear(
@@ -238,6 +284,76 @@ def pruned_linear(
         code,
     )
     return y
+
+
+def pruned_linears(
+    x: Tensor, packed: Sequence[Tensor], out_features: Sequence[int]
+) -> list[Tensor]:
+    """Return ``[pruned_linear(x, p, n) for p, n in zip(packed, out_features)]`` in one call.
+
+    For layers that read the same input (query, key, value; gate, up): one parallel region, and x
+    is gathered once for layers that keep the same columns. At most 8 layers.
+    """
+    wide, kind, stride = _operand(x)
+    buffers = [_aligned(p) for p in packed]
+    leading, k = wide.shape[:-1], wide.shape[-1]
+    ys = [torch.empty(*leading, n, dtype=wide.dtype) for n in out_features]
+    layers = [
+        (p.data_ptr(), p.numel(), y.data_ptr(), n)
+        for p, y, n in zip(buffers, ys, out_features, strict=True)
+    ]
+    _C.pruned_linears(layers, wide.data_ptr(), leading.numel(), k, stride, kind)
+    return ys if wide.dtype is x.dtype else [y.to(x.dtype) for y in ys]
+
+
+def pruned_glu(
+    x: Tensor, gate: Tensor, up: Tensor, out_features: int, activation: str = "silu"
+) -> Tensor:
+    """Return ``act(pruned_linear(x, gate)) * pruned_linear(x, up)`` without storing either.
+
+    Args:
+        x (`Tensor` [..., in_features]): float32, bfloat16 or (converted) float16.
+        gate, up (`Tensor` [bytes]): from :func:`prepare`, same dtype, kept rows and columns.
+        out_features (`int`): the full output size of both.
+        activation (`str`): silu (SwiGLU), gelu or gelu_tanh (GEGLU), relu or none.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    wide, kind, stride = _operand(x)
+    gate, up = _aligned(gate), _aligned(up)
+    leading, k = wide.shape[:-1], wide.shape[-1]
+    y = torch.empty(*leading, out_features, dtype=wide.dtype)
+    _C.pruned_glu(
+        gate.data_ptr(),
+        gate.numel(),
+        up.data_ptr(),
+        up.numel(),
+        wide.data_ptr(),
+        leading.numel(),
+        k,
+        stride,
+        kind,
+        y.data_ptr(),
+        out_features,
+        ACTIVATIONS[activation],
+    )
+    return y if wide.dtype is x.dtype else y.to(x.dtype)
+
+
+def _operand(x: Tensor) -> tuple[Tensor, int, int]:
+    """Return x as the kernels read it (float16 in float32), its type code and row stride."""
+    if x.dtype is torch.float16:
+        x = x.float()
+    kind = _TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu or x.dim() == 0:
+        raise TypeError(
+            "x must be a float32, bfloat16 or float16 CPU tensor with a last dimension, "
+            f"got {x.dim()}-D {x.dtype} on {x.device}"
+        )
+    k = x.shape[-1]
+    if x.dim() == 2 and not x.is_contiguous() and x.stride(1) == 1 and x.stride(0) >= k:
+        return x, kind, x.stride(0)
+    return x.contiguous(), kind, k
 
 
 def _converted(

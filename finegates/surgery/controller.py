@@ -17,13 +17,18 @@ _NOTHING_SEEN = 1e-30
 class GateController:
     """Runs the schedule of a gated model: importance, budget and penalty, one step at a time.
 
-    Ranking gates. During the warm-up every gate is open and its logit holds the sum of its squared
-    gradients; the optimizer doesn't touch it. When the warm-up ends the logits become the log root
-    mean squared gradient, an importance whose differences survive any common shift. From then on
-    each step ends with a shift of all logits that closes exactly the target's share of parameters.
+    With the ``"fraction"`` objective every step after the warm-up ends with one shift of all logits
+    that closes exactly the target's share of the parameters, so that the end of training has
+    nothing left to harden. Before that shift:
 
-    Stochastic gates. Each step adds λ · ∂penalty/∂θ to the logits' gradients. The penalty doesn't
-    depend on data, so that it is added once per optimizer step, whatever the accumulation.
+    - ranking gates have been open during the warm-up, their logits holding the sum of their squared
+      gradients (as the optimizer would see them: clipped), which the optimizer doesn't touch. When
+      the warm-up ends the logits become the log root mean squared gradient, an importance whose
+      differences survive any common shift;
+    - stochastic gates get λ · ∂penalty/∂θ added to their logits' gradients. The penalty doesn't
+      depend on data, so that it is added once per optimizer step, whatever the accumulation.
+
+    With the authors' ``"per_axis"`` objective there is the penalty alone, and no shift.
 
     All state lives in the logits and the step number: a checkpoint of the model holds it.
 
@@ -62,7 +67,7 @@ class GateController:
         self._masses = None if per_axis else layer_masses(self.map)
         self._total = sum(layer.weight.numel() for layer in self.map.layers.values())
         self._ranking = self.config.distribution == "ranking"
-        self._warmup = max(1, round(self.config.warmup * total_steps)) if self._ranking else 0
+        self._warmup = max(1, round(self.config.warmup * total_steps))
 
     @property
     def logits(self) -> list[Tensor]:
@@ -83,15 +88,16 @@ class GateController:
         elif step < self._warmup:
             for logits in self.logits:
                 if logits.grad is not None:
-                    logits.data += logits.grad.square()
+                    # A step that overflowed in fp16 is skipped by the scaler, and so here.
+                    logits.data += torch.nan_to_num(logits.grad.square(), 0.0, 0.0, 0.0)
                     logits.grad = None
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Rank the units when the warm-up ends, and meet the step's budget from then on."""
-        if not self._ranking or step < self._warmup - 1:
+        if self.config.objective != "fraction" or step < self._warmup - 1:
             return
-        if step == self._warmup - 1:
+        if self._ranking and step == self._warmup - 1:
             for logits in self.logits:
                 logits.copy_(0.5 * torch.log(logits / self._warmup))
         self.map.project_(self.config.target((step + 1) / self.total_steps))

@@ -245,4 +245,4 @@ def _only_linears(attention: nn.Module) -> bool:
 
 
 def _fixes_zero(activation: Any) -> bool:
-    return bool(activation(torch.zeros(1)) == 0)
+    return bool(activation(torch.zeros(1, device="cpu")) == 0)

@@ -153,9 +153,9 @@ def _freeze(model: nn.Module, config: GateConfig, names: Iterable[str]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_matches(name, config.trainable))
     for linear in map(model.get_submodule, names):
-        linear.weight.requires_grad_(config.train_weight)  # type: ignore[operator, union-attr]
+        linear.weight.requires_grad_(config.train_weight)
         if linear.bias is not None:
-            linear.bias.requires_grad_(config.train_bias)  # type: ignore[operator]
+            linear.bias.requires_grad_(config.train_bias)
     for module in model.modules():
         if isinstance(module, Gate):
             module.logits.requires_grad_(True)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Sanitizers over the native core: `.ci/sanitize.sh [SECONDS]` for each run, Python from $PYTHON.
+#   1. address + undefined behaviour: the fuzz at every level, then the native Python tests
+#   2. threads: eight fuzzing at once
+#   3. aarch64 under qemu-user, where the cross compiler is installed
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+SECONDS_EACH=${1:-20}
+SEED=${SEED:-1}
+SANITIZE="-fsanitize=address,undefined -fno-sanitize-recover=all"
+
+build() { # folder, flags, more arguments
+  CXXFLAGS="-O1 $2" LDFLAGS="$2 ${LINK:-}" "$PYTHON" setup.py -q build_fuzz --folder "$1" "${@:3}"
+}
+
+build build/fuzz-asan "$SANITIZE"
+for level in generic avx2 avx512 avx512bf16; do
+  FINEGATES_MAX_ISA=$level build/fuzz-asan/native_fuzz "$SECONDS_EACH" "$SEED"
+done
+
+build build/fuzz-tsan "-fsanitize=thread"
+build/fuzz-tsan/native_fuzz "$SECONDS_EACH" "$SEED" 8
+
+if command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null; then
+  CXX=aarch64-linux-gnu-g++ LINK=-static build build/fuzz-aarch64 "" --machine aarch64
+  qemu-aarch64 build/fuzz-aarch64/native_fuzz "$SECONDS_EACH" "$SEED"
+fi
+
+# The module itself, built and tested in a copy of the tree: the one in place stays as it is.
+COPY=$(mktemp -d)
+trap 'rm -rf "$COPY"' EXIT
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -P -t "$COPY"
+cd "$COPY"
+CXXFLAGS="-g $SANITIZE" LDFLAGS="$SANITIZE" "$PYTHON" setup.py -q build_ext --inplace
+# Python itself leaks at exit; torch must find libasan loaded first.
+LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 FINEGATES_MAX_ISA=avx512bf16 \
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py
