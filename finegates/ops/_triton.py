@@ -85,7 +85,7 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``run`` with the first tensor's GPU as the current one, where Triton launches."""
 
     @functools.wraps(run)
@@ -110,6 +110,11 @@ def _flat(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def _output(y: Tensor | None, dy: Tensor) -> Tensor:
+    """Return y as a matrix with dense rows; dy stands in for one that isn't kept, and isn't read."""
+    return _flat(dy if y is None else y).contiguous()
+
+
 def _precision(x: Tensor) -> str:
     """Return how fp32 products are taken: as torch's own, tf32 only where the user allowed it."""
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
@@ -123,6 +128,7 @@ def why_not(
     return _refusal(x, w, b, r, c) or _same_dtype(x, w, b)
 
 
+@_on_its_device
 def gated_linear(
     x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None
 ) -> Tensor:
@@ -139,6 +145,7 @@ def backward_why_not(dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, *_: Any
     return _refusal(x, dy, w, b) or _same_dtype(x, dy, w, b)
 
 
+@_on_its_device
 def gated_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -146,7 +153,7 @@ def gated_linear_backward(
     b: Tensor | None,
     r: Tensor | None,
     c: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     closed_row_grad: bool,
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -258,6 +265,7 @@ def _room(logits: Tensor | None, size: int) -> Tensor | None:
     return None if logits is None else logits.new_empty(size)
 
 
+@_on_its_device
 def gated_matmul_fused(
     x: Tensor,
     w: Tensor,
@@ -293,6 +301,7 @@ def gated_matmul_fused(
     return y, none if r is None else r, none.clone() if c is None else c
 
 
+@_on_its_device
 def gated_matmul_fold(
     x: Tensor,
     w: Tensor,
@@ -322,6 +331,7 @@ def gated_matmul_fold(
     return y, none if r is None else r, none.clone() if c is None else c
 
 
+@_on_its_device
 def gated_matmul_backward_fused(
     dy: Tensor,
     x: Tensor,
@@ -332,7 +342,7 @@ def gated_matmul_backward_fused(
     noise: bool,
     rows: Tensor | None,
     columns: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     r: Tensor,
     c: Tensor,
     row_layout: list[int],
@@ -362,6 +372,7 @@ def _given(values: Tensor, logits: Tensor | None, compact: bool) -> Tensor | Non
     return None if logits is None or compact else values
 
 
+@_on_its_device
 def gated_matmul_backward_fold(
     dy: Tensor,
     x: Tensor,
@@ -372,7 +383,7 @@ def gated_matmul_backward_fold(
     noise: bool,
     rows: Tensor | None,
     columns: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     r: Tensor,
     c: Tensor,
     row_layout: list[int],
@@ -388,7 +399,7 @@ def gated_matmul_backward_fold(
     kernels = _kernels()
     row, column = _given(r, row_logits, False), _given(c, column_logits, False)
     wants_column = mask[4] and column is not None
-    dy2, x2, y2 = _flat(dy), _flat(x), _flat(y)
+    dy2, x2, y2 = _flat(dy), _flat(x), _output(y, dy)
     dx = dw = None
     if mask[0] or wants_column:
         folded, _ = kernels.fold.fold_fwd(w, None, row, column, _value_gates(w, row, column))
@@ -416,7 +427,7 @@ def _fused_gradients(
     b: Tensor | None,
     r: Tensor | None,
     c: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     gates: Any,
     rows: Tensor | None,
     columns: Tensor | None,
@@ -426,9 +437,7 @@ def _fused_gradients(
 ) -> tuple[Tensor | None, ...]:
     """dx, dw, db and both sides' gradients, by the fewest kernels that give what is wanted."""
     gated, precision = _kernels().gated, _precision(x)
-    dy2, x2, y2 = _flat(dy), _flat(x), _flat(y)
-    if y2.stride(1) != 1:
-        y2 = y2.contiguous()
+    dy2, x2, y2 = _flat(dy), _flat(x), _output(y, dy)
     wants_row = mask[3] and gates.row != "none"
     wants_column = mask[4] and gates.column != "none"
     wants_bias = mask[2] and b is not None
@@ -466,6 +475,7 @@ def pruned_why_not(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> str | 
     return _refusal(x, w, b, *rest[:2]) or _same_dtype(x, w, b, rest[4])
 
 
+@_on_its_device
 def pruned_linear(
     x: Tensor,
     w: Tensor,
@@ -515,6 +525,7 @@ def norm_gather_why_not(x: Tensor, *rest: Any) -> str | None:
     return _refusal(x, *rest[:3])
 
 
+@_on_its_device
 def norm_gather(
     x: Tensor,
     columns: Tensor,
@@ -535,6 +546,7 @@ def open_mass_why_not(logits: Tensor, *_: Any) -> str | None:
     )
 
 
+@_on_its_device
 def open_mass(
     logits: Tensor, offsets: Tensor, distribution: str, shift: float, scale: float
 ) -> Tensor:
@@ -550,6 +562,7 @@ def open_mass_backward_why_not(dout: Tensor, logits: Tensor, *_: Any) -> str | N
     return open_mass_why_not(logits)
 
 
+@_on_its_device
 def open_mass_backward(
     dout: Tensor, logits: Tensor, offsets: Tensor, distribution: str, shift: float, scale: float
 ) -> Tensor:

@@ -76,7 +76,7 @@ def _pruned_linear_native(
 
 
 def _triton_entry(why_not: Callable[..., str | None], run: Callable[..., Any]) -> Implementation:
-    return Implementation("triton", why_not, _triton.on_its_device(run), _triton.status)
+    return Implementation("triton", why_not, run, _triton.status)
 
 
 # Of the two Triton entries of gated_matmul exactly one serves a call: by shape, see `_fold_wins`.
