@@ -111,8 +111,8 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _output(y: Tensor | None, dy: Tensor) -> Tensor:
-    """Return y as a matrix with dense rows; dy stands in for one that isn't kept, and isn't read."""
-    return _flat(dy if y is None else y).contiguous()
+    """Return y as a matrix with dense rows; dy stands in for a y that isn't kept nor read."""
+    return _flat(dy) if y is None else _flat(y).contiguous()
 
 
 def _precision(x: Tensor) -> str:
