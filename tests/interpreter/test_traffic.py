@@ -123,6 +123,28 @@ def test_backward(shape: Any, dtype: torch.dtype, recorder: Recorder) -> None:
     assert recorder.by_tensor(named) == model
 
 
+def test_closed_tiles_are_not_read(recorder: Recorder) -> None:
+    """Of 3 tiles of columns 2 are closed, of 2 tiles of rows 1: a sixth of x and of w is read."""
+    m, n, k = 64, 128, 192
+    case = open_case(m, n, k, torch.float32)
+    case.row_logits[64:], case.column_logits[64:] = -9.0, -9.0
+    y, r, c = _triton.gated_matmul_fused(*case.forward_args())
+    loads, _, _ = recorder.by_tensor(named := {**tensors_of(case), "y": y, "r": r, "c": c})
+    assert loads["x"] == 4 * m * 64
+    assert loads["w"] == (m // 32) * 4 * 64 * 64
+    recorder.accesses.clear()
+    dy = torch.randn(m, n)
+    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.w, case.x, y, r, c, (True,) * 4)
+    loads, _, _ = recorder.by_tensor({**named, "dy": dy, "dx": dx, "dc": dc, "dr": dr, "db": db})
+    assert loads["w"] == (m // 32) * 4 * 64 * 64
+    assert loads["x"] == 4 * m * 64
+
+
+def tensors_of(case: Any) -> dict[str, Tensor]:
+    names = ("x", "w", "b", "row_logits", "column_logits", "seed")
+    return {name: getattr(case, name) for name in names}
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "bar"),
     [(16384, 2048, 2048, 0.11), (16384, 8192, 2048, 0.10), (16384, 11008, 4096, 0.10)],
