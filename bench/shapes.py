@@ -28,6 +28,9 @@ COLD_LAYERS = ("3072x768", "2048x2048")
 COLD_BATCHES = (1, 8, 32)
 COLD_BYTES = 128 * 2**20  # four times this machine's last-level cache
 
+DECODE_LAYERS = ("768x768", "2048x2048", "8192x2048")
+DECODE_BATCHES = (1, 4)
+
 TINY = (64, 64)
 
 

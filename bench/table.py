@@ -90,6 +90,14 @@ def report(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if cells := by_group.get("cold"):
         columns = ["layer", "dtype", "m", "dense_ratio", "weight_gbytes_per_second"]
         parts.append("**cold weights**\n\n" + simple(cells, [*columns, "share_of_read_bandwidth"]))
+    decode = ["layer", "dtype", "m", "threads", "ratio"]
+    for group, title, columns in (
+        ("int8", "int8 over our bf16, cold", [*decode, "share_of_read_bandwidth"]),
+        ("pair", "a gated pair over two calls", [*decode, "dense_ratio"]),
+        ("together", "three layers in one call over three calls", decode),
+    ):
+        if cells := by_group.get(group):
+            parts.append(f"**{title}**\n\n" + simple(cells, columns))
     if cells := by_group.get("overhead"):
         parts.append("**a 64x64 call**\n\n" + simple(cells, ["dtype", "threads", "overhead_ratio"]))
     if cells := by_group.get("pack"):

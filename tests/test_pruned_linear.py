@@ -6,8 +6,11 @@ import copy
 import gc
 import io
 import pickle
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +19,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 from finegates import PrunedLinear, use_backend
-from finegates.ops import pruned_linear, reference, table
+from finegates.ops import packing, pruned_linear, reference, table
 from numerics import assert_no_worse
 
 NATIVE_REASON = next(why for op, name, why in table() if (op, name) == ("pruned_linear", "native"))
@@ -103,7 +108,7 @@ def test_result_does_not_depend_on_threads(backend: str, threads: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_flow_whatever_the_backend(backend: str) -> None:
-    """The trap of DESIGN §5: a native op without autograd loses gradients silently."""
+    """A native op without autograd would lose gradients silently."""
     dense, pruned = example()
     x, twin = (torch.randn(5, 9, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     x.requires_grad_()
@@ -302,6 +307,68 @@ class TestPack:
         torch.optim.SGD([pruned.weight], lr=1.0).step()
         self.check(pruned)
 
+    @pytest.mark.parametrize("how", ["fused", "foreach", "plain"])
+    def test_adamw_step(self, how: str) -> None:
+        """The fused step, Trainer's default, raises no version counter."""
+        _, pruned = example()
+        flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {}}[how]
+        optimizer = torch.optim.AdamW(pruned.parameters(), lr=1.0, **flags)
+        for _ in range(3):
+            self.check(pruned)
+            for parameter in pruned.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            self.check(pruned)
+
+    def test_trainer_evaluates_the_weight_of_the_step(self, tmp_path: Path) -> None:
+        from transformers import Trainer, TrainingArguments
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = PrunedLinear.from_linear(nn.Linear(9, 7), ROWS, COLUMNS)
+
+            def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+                y = self.layer(x)
+                if not torch.is_grad_enabled():
+                    torch.testing.assert_close(y, reference_of(self.layer, x))
+                return {"loss": F.mse_loss(y, labels), "logits": y}
+
+        data = [{"x": torch.randn(9), "labels": torch.randn(7)} for _ in range(8)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, eval_strategy="steps", eval_steps=1,
+            learning_rate=1.0, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        with torch.enable_grad():
+            Trainer(Model(), arguments, train_dataset=data, eval_dataset=data).train()
+
+    @pytest.mark.parametrize("how", ["cast", "meta", "replaced", "assigned"])
+    def test_the_old_weight_is_let_go(self, how: str) -> None:
+        _, pruned = example()
+        self.check(pruned)
+        entry = packing.entry(
+            pruned.weight, pruned.bias, pruned.rows, pruned.columns, pruned.out_features, 9
+        )
+        old = weakref.ref(entry.sources[0])  # type: ignore[arg-type]
+        del entry
+        assert old() is not None
+        x = torch.randn(3, 9)
+        if how == "cast":
+            pruned.to(torch.float64)
+        elif how == "meta":
+            pruned.to("meta")
+        elif how == "replaced":
+            pruned.weight = nn.Parameter(torch.randn(4, 5))
+            with torch.enable_grad():
+                pruned(x)
+        else:
+            pruned.load_state_dict(example()[1].state_dict(), assign=True)
+            with torch.enable_grad():
+                pruned(x)
+        gc.collect()
+        assert old() is None
+
     def test_load_state_dict(self) -> None:
         _, pruned = example()
         self.check(pruned)
@@ -363,8 +430,6 @@ class TestPack:
             torch.testing.assert_close(pruned_linear(*args), reference.pruned_linear(*args))
 
     def test_the_pack_dies_with_the_layer(self) -> None:
-        from finegates.ops import packing
-
         before = len(packing._entries)
         layers = [example()[1] for _ in range(5)]
         for layer in layers:
@@ -372,6 +437,74 @@ class TestPack:
         del layers, layer
         gc.collect()
         assert len(packing._entries) == before
+
+
+def test_forward_of_every_kind_of_tracing_and_transform() -> None:
+    """Where the short way would miss something, the op or the reference has to answer."""
+    _, pruned = example()
+    x, t = torch.randn(3, 9), torch.randn(3, 9)
+    slope = reference.pruned_linear(t, pruned.weight, None, pruned.rows, pruned.columns, 7)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the shape check
+        expected = pruned(x)
+        torch.testing.assert_close(pruned(torch._neg_view(-x)), expected)
+        for function in (pruned, lambda x: op_of(pruned, x)):
+            torch.testing.assert_close(torch.vmap(function)(x), expected)
+            y, tangent = torch.func.jvp(function, (x,), (t,))
+            torch.testing.assert_close((y, tangent), (expected, slope))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, t)))
+            torch.testing.assert_close((dual.primal, dual.tangent), (expected, slope))
+        traced = torch.jit.trace(pruned, x)
+        torch.testing.assert_close(traced(t), reference_of(pruned, t))
+
+
+def test_batched_and_differentiated_weights() -> None:
+    _, pruned = example()
+    x = torch.randn(3, 9)
+    parameters = dict(pruned.named_parameters())
+    with torch.no_grad():
+        pruned(x)
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(pruned, parameters, (x,)).square().sum()
+
+        two = {name: torch.stack([p, 2.0 * p]) for name, p in parameters.items()}
+        torch.testing.assert_close(torch.vmap(loss)(two)[1], 4.0 * loss(parameters))
+        gradients = torch.func.grad(loss)(parameters)
+    pruned(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize("names", [["weight"], ["bias"], ["weight", "bias"]], ids=str)
+def test_parametrized(names: list[str]) -> None:
+    class Double(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2.0 * t
+
+    _, pruned = example()
+    x = torch.randn(3, 9)
+    with torch.no_grad():
+        pruned(x)
+        for name in names:
+            parametrize.register_parametrization(pruned, name, Double())
+        torch.testing.assert_close(pruned(x), reference_of(pruned, x))
+        assert pruned.double()(x.double()).dtype == torch.float64
+    assert "kept_rows=4" in repr(pruned)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "typo"])
+def test_a_layers_backend_is_never_ignored(backend: str) -> None:
+    """A layer that names a backend without a backward can't train; a context's wish gives way."""
+    _, pruned = example()
+    pruned.backend = backend
+    message = "backend must be one of" if backend == "typo" else "gradients are wanted and only"
+    with pytest.raises(ValueError, match=message):
+        pruned(torch.randn(3, 9))
+    pruned.backend = "torch"
+    pruned(torch.randn(3, 9)).sum().backward()
 
 
 def op_of(pruned: PrunedLinear, x: Tensor) -> Tensor:

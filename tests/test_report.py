@@ -271,6 +271,15 @@ def test_report_json_is_versioned_and_atomic(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_a_score_that_is_nan_is_null(tmp_path):
+    nan = float("nan")
+    report = Report({}, "pearson", [Row("only", nan)], splits={"test": nan, "other": 0.5})
+    reporting.write_report(tmp_path / "report.json", report)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["rows"][0]["score"] is None
+    assert found["splits"] == {"test": None, "other": 0.5}
+
+
 @pytest.mark.parametrize(
     "layers",
     [

@@ -36,7 +36,7 @@ def call(case: Case, **changes: Any) -> Tensor:
 @pytest.mark.parametrize("noise", [True, False])
 @pytest.mark.parametrize("layout", [None, (2, 3, 2, 5), (4, 1, 1, 3)], ids=str)
 def test_gates_are_those_of_the_module(distribution: str, noise: bool, layout: Any) -> None:
-    """`reference.gate` and `Gate` are two spellings of one definition."""
+    """The op's gates are the module's, and its gradient from values alone is autograd's."""
     config = GateConfig(distribution=distribution, init_std=1.0)
     size = 60 if layout is None else layout[0] * layout[1] * layout[2] * layout[3]
     gate = Gate(size, config, layout).train(noise)
@@ -263,6 +263,31 @@ def test_gated_matmul_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         call(make((4,), 9, 7), **change)
     assert "\n" not in str(error.value)
+
+
+def test_output_may_change_in_place_where_the_row_gate_gets_no_gradient() -> None:
+    for frozen in (True, False):
+        case = make((5,), 9, 7)
+        case.w.requires_grad_()
+        case.column_logits.requires_grad_()  # type: ignore[union-attr]
+        case.row_logits.requires_grad_(not frozen)  # type: ignore[union-attr]
+        loss = call(case).relu_().sum()
+        if frozen:
+            loss.backward()
+            ours = case.w.grad, case.column_logits.grad  # type: ignore[union-attr]
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    leaves = (case.w, case.column_logits)
+    torch.testing.assert_close(torch.autograd.grad(call(case).relu().sum(), leaves), ours)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["triton", "typo"])
+def test_norm_gather_with_gradients_wanted_ignores_no_backend(backend: str) -> None:
+    x, columns = torch.randn(3, 9, requires_grad=True), torch.tensor([1, 4], dtype=torch.int32)
+    message = "backend must be one of" if backend == "typo" else "gradients are wanted and only"
+    with pytest.raises(ValueError, match=message):
+        norm_gather(x, columns, backend=backend)
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -80,3 +80,8 @@ def test_scores_are_the_benchmarks_own():
         "rte": ("accuracy",),
         "wnli": ("accuracy",),
     }
+
+
+def test_constant_predictions_have_no_correlation():
+    found = scores(GLUE["stsb"], np.ones((4, 1)), [0.0, 1.0, 2.0, 3.0])
+    assert np.isnan(list(found.values())).tolist() == [True, True]

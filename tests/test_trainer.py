@@ -154,7 +154,7 @@ def test_ungated_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_gate_count_of_roberta_base() -> None:
-    """FIELD.md: 165,888 independent gates on RoBERTa-base's six Linears a block."""
+    """165,888 independent gates on RoBERTa-base's six Linears a block."""
     with torch.device("meta"):
         model = build_meta("roberta", 12, hidden_size=768, heads=12, inner=3072)
     config = GateConfig(tie="none")

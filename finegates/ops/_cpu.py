@@ -12,6 +12,7 @@ there only where no gradient is wanted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -295,14 +296,22 @@ def pruned_linears(
     is gathered once for layers that keep the same columns. At most 8 layers.
     """
     wide, kind, stride = _operand(x)
-    buffers = [_aligned(p) for p in packed]
-    leading, k = wide.shape[:-1], wide.shape[-1]
-    ys = [torch.empty(*leading, n, dtype=wide.dtype) for n in out_features]
-    layers = [
-        (p.data_ptr(), p.numel(), y.data_ptr(), n)
-        for p, y, n in zip(buffers, ys, out_features, strict=True)
-    ]
-    _C.pruned_linears(layers, wide.data_ptr(), leading.numel(), k, stride, kind)
+    *leading, k = wide.shape
+    m = math.prod(leading)
+    # One flat list: four times fewer objects for the binding to take apart.
+    layers: list[int] = []
+    ys: list[Tensor] = []
+    copies: list[Tensor] = []
+    for p, n in zip(packed, out_features, strict=True):
+        y = torch.empty(*leading, n, dtype=wide.dtype)
+        buffer = p.data_ptr()
+        if buffer & 63 or p.dtype is not torch.uint8 or not p.is_contiguous():
+            p = _aligned(p)
+            buffer = p.data_ptr()
+            copies.append(p)
+        layers += (buffer, p.numel(), y.data_ptr(), n)
+        ys.append(y)
+    _C.pruned_linears(layers, wide.data_ptr(), m, k, stride, kind)
     return ys if wide.dtype is x.dtype else [y.to(x.dtype) for y in ys]
 
 
@@ -321,7 +330,7 @@ def pruned_glu(
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     wide, kind, stride = _operand(x)
     gate, up = _aligned(gate), _aligned(up)
-    leading, k = wide.shape[:-1], wide.shape[-1]
+    *leading, k = wide.shape
     y = torch.empty(*leading, out_features, dtype=wide.dtype)
     _C.pruned_glu(
         gate.data_ptr(),
@@ -329,7 +338,7 @@ def pruned_glu(
         up.data_ptr(),
         up.numel(),
         wide.data_ptr(),
-        leading.numel(),
+        math.prod(leading),
         k,
         stride,
         kind,

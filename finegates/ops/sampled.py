@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from . import dispatch, reference
-from .checks import autocasts, check_dtype, check_matrix, check_vector
+from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
+from .reference import DISTRIBUTIONS
 from .schema import _library as library
 from .schema import ops
 
-DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
 NORMS = ("none", "rms", "layer")
 
 library.define(
@@ -69,7 +69,8 @@ def gated_matmul(
     """y = r ⊙ ((x ⊙ c) wᵀ + b) with r and c sampled from logits inside the op.
 
     On a GPU one launch samples and multiplies; nothing but x and y is saved, besides the N + K gate
-    values themselves. Without ``seed`` the gates have their noise-free values.
+    values themselves. Without ``seed`` the gates have their noise-free values. y is saved only
+    where the row gate gets a gradient; it can't be changed in place then (autograd says so).
 
     With ``rows`` and ``columns`` that keep everything in another order, w and b are in that order:
     put closed gates last and tiles of them are not loaded, forward or backward, while the result is
@@ -170,9 +171,12 @@ def norm_gather(
         raise ValueError(
             f"columns must be 1-D on {x.device}, got {tuple(columns.shape)} on {columns.device}"
         )
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
+    if (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        or transformed()
     ):
+        dispatch.check_differentiable("norm_gather", backend)
         return reference.norm_gather(x, columns, weight, bias, eps, norm)
     y: Tensor = ops.norm_gather.default(x, columns, weight, bias, eps, norm, backend)
     return y
@@ -188,6 +192,9 @@ def open_mass(
     backend: str = "auto",
 ) -> Tensor:
     """Expected open units of every gate vector of a model, in one launch whatever their number.
+
+    For vectors whose units die on their own. The controller's objectives don't use it: they need
+    the open probabilities themselves, since coupled units live and die together.
 
     Args:
         logits (`Tensor` fp32 [U]): ``torch.cat`` of all logits.
@@ -392,7 +399,8 @@ def _gated_matmul_context(
     y, r, c = output
     ctx.mark_non_differentiable(r, c)
     ctx.noise, ctx.constants = seed is not None, constants
-    ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, y, r, c)
+    kept = y if ctx.needs_input_grad[3] else None  # as in schema.py
+    ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, kept, r, c)
 
 
 # As in schema.py: a second derivative would lose terms silently.
@@ -400,6 +408,7 @@ def _gated_matmul_context(
 def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, w, b, row_logits, column_logits, rows, columns, y, r, c = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
+    y = dy if y is None else y  # of y's shape; nobody reads it
     grads = ops.gated_matmul_backward(
         dy, x, w, b, row_logits, column_logits, ctx.noise, rows, columns, y, r, c,
         *ctx.constants, mask,

@@ -46,6 +46,7 @@ class Report:
         job: the task, the model and the settings, JSON values only.
         metric: the name of the rows' score.
         rows, timings, layers: see their classes.
+        splits: the reloaded model's score on further labelled splits.
     """
 
     job: Mapping[str, Any]
@@ -54,18 +55,24 @@ class Report:
     timings: Sequence[Timing] = ()
     layers: Sequence[Kept] = ()
     machine: Mapping[str, Any] = field(default_factory=machine)
+    splits: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the schema's version."""
+        """Return JSON values, with the schema's version; a score that is NaN becomes null."""
         return {
             "version": REPORT_VERSION,
             "job": dict(self.job),
             "machine": dict(self.machine),
             "metric": self.metric,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [{**asdict(row), "score": _or_none(row.score)} for row in self.rows],
             "timings": [asdict(timing) for timing in self.timings],
             "layers": [layer.to_dict() for layer in self.layers],
+            "splits": {split: _or_none(score) for split, score in self.splits.items()},
         }
+
+
+def _or_none(score: float) -> float | None:
+    return None if math.isnan(score) else score
 
 
 def table(report: Report) -> Any:

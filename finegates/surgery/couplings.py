@@ -1,4 +1,4 @@
-"""Which rows and columns can only die together, per architecture (DESIGN §2.2).
+"""Which rows and columns can only die together, per architecture (docs/method.md).
 
 A coupling joins a ``many`` side with ``ones`` sides over units (group g, width w):
 
