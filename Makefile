@@ -19,6 +19,12 @@ lint: $(VENV)/.installed  ## formats, lints, types
 bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
 	$(BIN)/python -m pytest bench --benchmark-only
 
+# With the caller's Python: the pins above are CPU builds of torch.
+gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. $(PYTHON) bench/bench_gated_linear.py
+	PYTHONPATH=. $(PYTHON) bench/gpu_pruned_linear.py
+
 wheel: $(VENV)/.installed  ## sdist and wheel in dist/, tested in an empty environment
 	PYTHON=$(abspath $(BIN))/python .ci/wheel.sh
 

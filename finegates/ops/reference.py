@@ -383,12 +383,14 @@ def gated_matmul(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gated_linear` with gates sampled from logits, or the compact Linear of open ranking gates.
 
+    ``rows`` and ``columns`` that keep every feature say in which order w and b hold them.
+
     Returns:
         y [..., N] and the gates r [N], c [K] in fp32; empty where a side has no logits, and for a
         compact weight.
     """
     r = c = None
-    if rows is not None or columns is not None:
+    if is_compact(rows, columns, out_features, x.shape[-1]):
         y = pruned_linear(x, w, b, rows, columns, out_features)
     else:
         keys = (None, None) if seed is None else (seed[:1], seed[1:])
@@ -397,13 +399,27 @@ def gated_matmul(
             r = gate(row_logits, keys[0], row_layout, out_features, *constants)
         if column_logits is not None:
             c = gate(column_logits, keys[1], column_layout, x.shape[-1], *constants)
-        y = gated_linear(x, w, b, _cast(r, w), _cast(c, w))
+        placed = x if columns is None else x[..., columns.long()]
+        y = gated_linear(placed, w, b, _cast(r, rows, w), _cast(c, columns, w))
+        y = _spread(y, rows, out_features)
     r, c = (x.new_empty(0, dtype=torch.float32) if z is None else z for z in (r, c))
     return y, r, c
 
 
-def _cast(z: Tensor | None, w: Tensor) -> Tensor | None:
-    return None if z is None else z.to(w.dtype)
+def is_compact(
+    rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
+) -> bool:
+    """Return whether an index map leaves features out, instead of only reordering them."""
+    return (rows is not None and rows.shape[0] != out_features) or (
+        columns is not None and columns.shape[0] != in_features
+    )
+
+
+def _cast(z: Tensor | None, index_map: Tensor | None, w: Tensor) -> Tensor | None:
+    """Return the gates of a side in w's order and dtype."""
+    if z is None:
+        return None
+    return (z if index_map is None else z[index_map.long()]).to(w.dtype)
 
 
 def gated_matmul_backward(
@@ -435,7 +451,7 @@ def gated_matmul_backward(
     Returns:
         dx, dw, db, drow_logits, dcolumn_logits; what ``mask`` doesn't want is empty.
     """
-    compact = rows is not None or columns is not None
+    compact = is_compact(rows, columns, dy.shape[-1], x.shape[-1])
     if compact:
         r, c = torch.ones(dy.shape[-1]), torch.ones(x.shape[-1])
         r, c = r.to(w.device), c.to(w.device)

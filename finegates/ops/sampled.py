@@ -72,7 +72,9 @@ def gated_matmul(
     values themselves. Without ``seed`` the gates have their noise-free values. y is saved only
     where the row gate gets a gradient; it can't be changed in place then (autograd says so).
 
-    With ``rows`` or ``columns`` (ranking gates only) w is the compact weight of the open rows and
+    With ``rows`` and ``columns`` that keep everything in another order, w and b are in that order:
+    put closed gates last and tiles of them are not loaded, forward or backward, while the result is
+    the same. With fewer of them (ranking gates only) w is the compact weight of the open rows and
     columns: y[..., rows] = x[..., columns] wᵀ + b, the rest 0, and open gates get the
     straight-through gradient; neither pass touches what is closed.
 
@@ -84,7 +86,8 @@ def gated_matmul(
         distribution: ``"ranking"``, ``"gaussian"`` or ``"hard_concrete"``.
         constants: (shift, scale, beta), see `GateConfig.constants`.
         row_layout, column_layout: (span, width) of a tied side, see `reference.gate`.
-        rows, columns (`Tensor` int32, *optional*): sorted open features, None for all.
+        rows, columns (`Tensor` int32, *optional*): a permutation of the features, or the sorted
+            open ones; None for all in order.
         out_features: N where w is compact.
         closed_grad: ranking only, whether closed gates get a gradient.
         backend: see `use_backend`.
@@ -108,9 +111,10 @@ def gated_matmul(
         check_dtype("b", b, w)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-    if (rows is not None or columns is not None) and (distribution != "ranking" or closed_grad):
+    compact = reference.is_compact(rows, columns, n_out, x.shape[-1])
+    if compact and (distribution != "ranking" or closed_grad):
         raise ValueError(
-            "rows and columns fit ranking gates without closed_grad only, got "
+            "a compact weight fits ranking gates without closed_grad only, got "
             f"distribution={distribution!r}, closed_grad={closed_grad}"
         )
     if n_out < w.shape[0] or (rows is None and n_out != w.shape[0]):
@@ -348,7 +352,7 @@ def _gated_matmul_fake(
     column_logits: Tensor | None, seed: Tensor | None, rows: Tensor | None,
     columns: Tensor | None, out_features: int, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    compact = rows is not None or columns is not None
+    compact = reference.is_compact(rows, columns, out_features, x.shape[-1])
     return (
         x.new_empty(*x.shape[:-1], out_features),
         _gate_room(x, row_logits, 0 if compact else out_features),

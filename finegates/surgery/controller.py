@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..penalty import fraction_penalty, per_axis_penalty
+from ..penalty import fraction_penalty, fraction_penalty_of_masses
 from .budget import GateMap, Removal
 from .couplings import Side
+from .masses import layer_masses, own_means
 
 # Above zero, so that the gate is open, and far below any squared gradient.
 _NOTHING_SEEN = 1e-30
@@ -60,6 +61,11 @@ class GateController:
         self.map = GateMap(model)
         self.config = next(iter(self.map.layers.values())).config
         self.total_steps = total_steps
+        # Both constant in launches, however many layers there are.
+        per_axis = self.config.objective == "per_axis"
+        self._means = own_means(self.map) if per_axis else None
+        self._masses = None if per_axis else layer_masses(self.map)
+        self._total = sum(layer.weight.numel() for layer in self.map.layers.values())
         self._ranking = self.config.distribution == "ranking"
         self._warmup = max(1, round(self.config.warmup * total_steps))
 
@@ -107,15 +113,10 @@ class GateController:
 
     def penalty(self, target: float) -> Tensor:
         """Return the stochastic objective at ``target`` (before λ), differentiable."""
-        if self.config.objective == "per_axis":
-            sides = {
-                side: gate.spread(gate.open_probability())
-                for side in self.map.sides()
-                if (gate := self.map.gate(side)) is not None
-            }
-            rows = [p for side, p in sides.items() if side.axis == "row"]
-            columns = [p for side, p in sides.items() if side.axis == "column"]
-            return per_axis_penalty(rows, columns, target)
+        if self._means is not None:
+            return (self._means() - (1.0 - target)).abs().mean()
+        if self._masses is not None:
+            return fraction_penalty_of_masses(self._masses().view(-1, 2), self._total, target)
         alive = self.map.open_probabilities()
         names = list(self.map.layers)
         rows = [alive[Side(name, "row")] for name in names]
