@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-bench wheel sanitize clean
 
 demo: $(VENV)/.installed  ## learn gates on a real model, remove 40 %, save, reload, time
 	$(BIN)/finegates finetune
@@ -10,18 +10,31 @@ demo: $(VENV)/.installed  ## learn gates on a real model, remove 40 %, save, rel
 test: $(VENV)/.installed  ## the whole suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## formats, lints, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# With the caller's Python: the pins above are CPU builds of torch.
+gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. $(PYTHON) bench/bench_gated_linear.py
+	PYTHONPATH=. $(PYTHON) bench/gpu_pruned_linear.py
+
+wheel: $(VENV)/.installed  ## sdist and wheel in dist/, tested in an empty environment
+	PYTHON=$(abspath $(BIN))/python .ci/wheel.sh
+
+sanitize: $(VENV)/.installed  ## address, undefined-behaviour and thread sanitizers over the kernels
+	PYTHON=$(abspath $(BIN))/python .ci/sanitize.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info finegates/*.so
 
-# The CPU build of torch is pinned by constraints.txt; the extension is built by this install.
+# constraints.txt pins what is installed; this install builds the extension.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

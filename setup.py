@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGES = [
@@ -26,6 +27,7 @@ PACKAGES = [
     "finegates.ops",
     "finegates.hf",
     "finegates.recipes",
+    "finegates.report",
     "finegates.kernels",
 ]
 BASE_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
@@ -159,6 +161,20 @@ class NinjaBuildExt(build_ext):
             install(built, ROOT / self.get_ext_filename(ext.name))
 
 
+class BuildPy(build_py):
+    """build_py that notes in the package why it has no native module (finegates/_native.py)."""
+
+    def run(self) -> None:
+        """Copy the Python files and write the note, or remove an older build's."""
+        super().run()
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        note = folder / "finegates" / "_native_reason.txt"
+        if reason is None:
+            note.unlink(missing_ok=True)
+        else:
+            note.write_text(f"{reason}\n", encoding="utf-8")
+
+
 class BuildFuzz(Command):
     """Build tests/native_fuzz.cpp with the native core: no Python, no OpenMP, any sanitizer.
 
@@ -195,5 +211,5 @@ setup(
     ext_modules=[]
     if reason
     else [Extension("finegates._C", [f"csrc/{name}" for name in sources(platform.machine())])],
-    cmdclass={"build_ext": NinjaBuildExt, "build_fuzz": BuildFuzz},
+    cmdclass={"build_ext": NinjaBuildExt, "build_fuzz": BuildFuzz, "build_py": BuildPy},
 )

@@ -38,3 +38,24 @@ def kept(full: int, removed: float) -> int:
     """Return an odd count near ``full * sqrt(1 - removed)``: half of the share on each side."""
     count = int(full * math.sqrt(1 - removed))
     return max(1, count if count % 2 else count - 1)
+
+
+# GPU training and inference: model.layer: (out_features, in_features, bias)
+GPU_LAYERS = {
+    "roberta-base.qkvo": (768, 768, True),
+    "roberta-base.up": (3072, 768, True),
+    "roberta-base.down": (768, 3072, True),
+    "roberta-large.qkvo": (1024, 1024, True),
+    "roberta-large.up": (4096, 1024, True),
+    "roberta-large.down": (1024, 4096, True),
+    "llama-1b.qo": (2048, 2048, False),
+    "llama-1b.up": (8192, 2048, False),
+    "llama-1b.down": (2048, 8192, False),
+    "llama-7b.qkvo": (4096, 4096, False),
+    "llama-7b.up": (11008, 4096, False),
+    "llama-7b.down": (4096, 11008, False),
+}
+GPU_TOKENS = (1024, 2048, 4096, 8192, 16384)
+GPU_DECODE = (1, 32)
+GPU_TINY = {"tiny": (66, 70, True)}
+GPU_TINY_TOKENS = (33,)

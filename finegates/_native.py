@@ -6,6 +6,7 @@ torch comes first: the module links ``libgomp.so.1`` by name and so shares torch
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch  # noqa: F401
@@ -13,10 +14,20 @@ import torch  # noqa: F401
 _C: ModuleType | None = None
 _reason: str | None = None
 
+
+def _build_note() -> str:
+    """Return why setup.py built no extension, as it noted beside this file."""
+    try:
+        note = Path(__file__).with_name("_native_reason.txt").read_text(encoding="utf-8")
+    except OSError:
+        return "the package was not installed, or built for another Python"
+    return " ".join(note.split())
+
+
 try:
     _C = import_module("finegates._C")
 except ModuleNotFoundError:
-    _reason = "extension not built (no compiler at install time, or FINEGATES_NO_NATIVE was set)"
+    _reason = f"extension not built: {_build_note()}"
 except ImportError as error:
     _reason = f"extension not loaded: {' '.join(str(error).split())}"
 

@@ -22,6 +22,11 @@ def _finetune(arguments: Sequence[str]) -> None:
 def _info(arguments: Sequence[str]) -> None:
     from .__main__ import main
 
+    if list(arguments) in (["-h"], ["--help"]):
+        sys.stdout.write("usage: finegates info\n\nwhat runs here and why; it has no options\n")
+        return
+    if arguments:
+        raise ValueError(f"it takes no options, got {' '.join(arguments)!r}")
     main()
 
 
@@ -41,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(words[1:])
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"finegates {words[0]}: {error}\n")
-        return 2
+        return _refuse(words[0], str(error))
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "finegates":
+            raise
+        return _refuse(words[0], f"{error}; pip install 'finegates[hf]' brings what it needs")
     return 0
+
+
+def _refuse(command: str, reason: str) -> int:
+    sys.stderr.write(f"finegates {command}: {' '.join(reason.split())}\n")
+    return 2

@@ -62,13 +62,14 @@ class Gate(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the gate values [size] in fp32: a sample in training, `value` in evaluation."""
-        sampled = self.training and self.config.distribution != "ranking"
-        z = self._sample() if sampled else self._unit_value()
-        return self._expand(z)
+        if not self.training or self.config.distribution == "ranking":
+            return self.value()
+        seed = torch.randint(0, 2**31 - 1, (1,), device=self.logits.device)
+        return self.spread(self._units(self.logits, seed))
 
     def value(self) -> Tensor:
         """Return the noise-free values [size] that evaluation uses and `prune_` folds."""
-        return self._expand(self._unit_value())
+        return self.spread(self._unit_value())
 
     def open_probability(self) -> Tensor:
         """Return P(z > 0) per unit [units], differentiable in the logits.
@@ -77,14 +78,9 @@ class Gate(nn.Module):
         binary value itself.
         """
         config = self.config
-        if config.distribution == "gaussian":
-            scaled = (torch.tanh(self.logits) + config.offset) / config.open_sigma
-            probability: Tensor = torch.special.ndtr(scaled)
-            return probability
-        if config.distribution == "hard_concrete":
-            shift = config.beta * math.log(-config.gamma / config.zeta)
-            return torch.sigmoid(self.logits - shift)
-        return self._unit_value()
+        if config.distribution == "ranking":
+            return self._unit_value()
+        return reference.open_probability(self.logits, config.distribution, *config.open_constants)
 
     @property
     def span_width(self) -> tuple[int, int]:
@@ -96,44 +92,28 @@ class Gate(nn.Module):
 
     def spread(self, units: Tensor) -> Tensor:
         """Spread a per-unit vector [units] over the side [size]."""
-        return self._expand(units)
-
-    def extra_repr(self) -> str:
-        """Return size and distribution for `repr`."""
-        return f"{self.size}, distribution={self.config.distribution!r}"
-
-    def _expand(self, units: Tensor) -> Tensor:
         if self.layout is None:
             return units
         groups, repeats, pairs, width = self.layout
         spread = units.view(groups, 1, 1, width).expand(groups, repeats, pairs, width)
         return spread.reshape(self.size)
 
+    def extra_repr(self) -> str:
+        """Return size and distribution for `repr`."""
+        return f"{self.size}, distribution={self.config.distribution!r}"
+
     def _unit_value(self) -> Tensor:
-        config = self.config
-        if config.distribution == "gaussian":
-            return torch.clamp(torch.tanh(self.logits) + config.offset, 0.0, 1.0)
-        if config.distribution == "hard_concrete":
-            return self._stretch(torch.sigmoid(self.logits))
-        # Not (θ > 0): a comparison would hide a NaN behind a closed gate.
-        value = self.logits.detach().clamp(0.0, 1.0).ceil()
+        if self.config.distribution != "ranking":
+            return self._units(self.logits, None)
+        value = self._units(self.logits.detach(), None)
         # Clamped, since inf - inf is NaN: an infinite logit is a gate fixed open or closed.
         finite = self.logits.clamp(-_LARGEST, _LARGEST)
         slope = finite - finite.detach()
-        return value + (slope if config.closed_gradient else slope * value)
+        return value + (slope if self.config.closed_gradient else slope * value)
 
-    def _sample(self) -> Tensor:
-        config, count = self.config, self.logits.numel()
-        seed = torch.randint(0, 2**31 - 1, (1,), device=self.logits.device)
-        if config.distribution == "gaussian":
-            noise = config.sigma * reference.normal(seed, count)
-            return torch.clamp(torch.tanh(self.logits) + config.offset + noise, 0.0, 1.0)
-        u = reference.uniform(seed, count).clamp(1e-6, 1.0 - 1e-6)
-        return self._stretch(torch.sigmoid((torch.logit(u) + self.logits) / config.beta))
-
-    def _stretch(self, s: Tensor) -> Tensor:
+    def _units(self, logits: Tensor, seed: Tensor | None) -> Tensor:
         config = self.config
-        return torch.clamp(s * (config.zeta - config.gamma) + config.gamma, 0.0, 1.0)
+        return reference.unit_gate(logits, seed, config.distribution, *config.constants)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Follow moves between devices, ignore casts: the logits keep every fp32 bit."""

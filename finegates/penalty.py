@@ -24,6 +24,11 @@ def fraction_penalty(rows: Sequence[Tensor], columns: Sequence[Tensor], target: 
     return (1.0 - kept / total - target).abs()
 
 
+def fraction_penalty_of_masses(masses: Tensor, total: int, target: float) -> Tensor:
+    """`fraction_penalty` from the sums of P(open) over rows and columns of each layer [L, 2]."""
+    return (1.0 - masses.prod(1).sum() / total - target).abs()
+
+
 def per_axis_penalty(rows: Sequence[Tensor], columns: Sequence[Tensor], target: float) -> Tensor:
     """Mean over layers and sides of |mean p - (1 - target)|: the authors' objective.
 

@@ -96,6 +96,12 @@ VARIANTS = (
             {"GATHERED": False, **_FROZEN, **_DENSE}),
     Variant("gated_matmul_bwd_x[compact]", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x_map",
             {"GATHERED": True, "r_ptr": None, "c_ptr": None, **_FROZEN}),
+    Variant("gated_matmul_fwd[tf32]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
+            {"PRECISION": "tf32", **_both("gaussian"), **_SAMPLED}),
+    Variant("gated_matmul_bwd_x[tf32]", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x",
+            {"PRECISION": "tf32", "GATHERED": False, **_FROZEN, **_DENSE}),
+    Variant("gated_matmul_bwd_w[tf32]", gated_matmul._gated_matmul_bwd_w_kernel, "bwd_w",
+            {"PRECISION": "tf32", **_FROZEN, **_DENSE}),
     Variant("gated_matmul_bwd_r", gated_matmul._gated_matmul_bwd_r_kernel, "bwd_r",
             {"GATHERED": False, **_DENSE, **_INNER}),
     Variant("gated_matmul_bwd_w", gated_matmul._gated_matmul_bwd_w_kernel, "bwd_w",
@@ -142,6 +148,8 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
     for target in targets:
         for index, variant in enumerate(VARIANTS):
             for dtype, bits in DTYPES.items():
+                if "[tf32]" in variant.name and (dtype != "fp32" or target == "gfx942"):
+                    continue  # the CDNA table has no tf32
                 if not isinstance(variant.table, str):
                     listed.append(Job(index, target, dtype, {**variant.table, **OPTIONS}))
                     continue
@@ -158,10 +166,8 @@ def compile_job(job: Job) -> dict[str, int]:
     variant, target = VARIANTS[job.variant], TARGETS[job.target]
     blocks = {name: value for name, value in job.options.items() if name.isupper()}
     options = {name: value for name, value in job.options.items() if not name.isupper()}
-    constants = {**variant.constants, **blocks}
+    constants = {"PRECISION": "ieee", **variant.constants, **blocks}
     names = variant.kernel.arg_names
-    if "PRECISION" in names:
-        constants["PRECISION"] = "ieee"
     signature = {name: _type_of(name, job.dtype, constants) for name in names}
     # Sizes and strides that are multiples of 16, as the models' are, and aligned pointers.
     attributes = {
@@ -233,18 +239,25 @@ def run(listed: list[Job], processes: int = 2) -> dict[str, dict[str, int]]:
         return dict(zip([job.key for job in listed], pool.map(compile_job, listed), strict=True))
 
 
+def committed_rows() -> dict[str, dict[str, int]]:
+    """Return the committed table's rows."""
+    rows: dict[str, dict[str, int]] = json.loads(RESOURCES.read_text())["rows"]
+    return rows
+
+
 def main() -> int:
     """Compare with the committed table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace resources.json")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--target", action="append", choices=TARGETS)
     arguments = parser.parse_args()
-    measured = run(jobs(arguments.target or TARGETS))
-    committed = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    measured = run(jobs(arguments.target or TARGETS), arguments.processes)
+    committed = committed_rows() if RESOURCES.exists() else {}
     changed = {key: row for key, row in measured.items() if committed.get(key) != row}
     if arguments.write:
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in measured.items())
-        RESOURCES.write_text("{\n" + lines + "\n}\n")
+        RESOURCES.write_text(f'{{"triton": "{triton.__version__}", "rows": {{\n{lines}\n}}}}\n')
     for key, row in changed.items():
         sys.stdout.write(f"{key}: {row}, was {committed.get(key)}\n")
     return 0 if arguments.write else int(bool(changed))

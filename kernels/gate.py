@@ -137,23 +137,24 @@ def fill_gaps(
     """Write zeros, or the residual, from this tile's first kept feature up to the next tile's.
 
     The tiles' intervals are disjoint and cover 0 … size, so the removed features need no second
-    launch; the barrier orders these stores before the tile's own, which follow.
+    launch; the barrier orders these stores before the tile's own, which follow. A map that keeps
+    everything, in whatever order, leaves no gap.
     """
-    first = tile * BLOCK
-    low = tl.load(map_ptr + first, mask=(first > 0) & (first < count), other=0)
-    high = tl.load(map_ptr + first + BLOCK, mask=first + BLOCK < count, other=size)
-    WIDTH: tl.constexpr = 32 if BLOCK > 32 else BLOCK
-    for start in range(low, high, WIDTH):
-        j = start + tl.arange(0, WIDTH).to(tl.int64)
-        mask = (m < M)[:, None] & (j < high)[None, :]
-        if residual_ptr is None:
-            fill = tl.zeros((m.shape[0], WIDTH), out_ptr.dtype.element_ty)
-        else:
-            fill = tl.load(
-                residual_ptr + m[:, None] * stride_residual + j[None, :], mask=mask, other=0.0
-            )
-        tl.store(out_ptr + m[:, None] * stride_out + j[None, :], fill, mask=mask)
-    tl.debug_barrier()
+    if count != size:
+        first = tile * BLOCK
+        low = tl.load(map_ptr + first, mask=(first > 0) & (first < count), other=0)
+        high = tl.load(map_ptr + first + BLOCK, mask=first + BLOCK < count, other=size)
+        WIDTH: tl.constexpr = 32 if BLOCK > 32 else BLOCK
+        for start in range(low, high, WIDTH):
+            j = start + tl.arange(0, WIDTH).to(tl.int64)
+            mask = (m < M)[:, None] & (j < high)[None, :]
+            if residual_ptr is None:
+                fill = tl.zeros((m.shape[0], WIDTH), out_ptr.dtype.element_ty)
+            else:
+                residual_ptrs = residual_ptr + m[:, None] * stride_residual + j[None, :]
+                fill = tl.load(residual_ptrs, mask=mask, other=0.0)
+            tl.store(out_ptr + m[:, None] * stride_out + j[None, :], fill, mask=mask)
+        tl.debug_barrier()
 
 
 @triton.jit

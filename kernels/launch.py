@@ -1,5 +1,6 @@
 """The launch table as data, and the choice of a row for a shape and a device."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,9 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
             Tile(64, 64, 64, 4, 4),
             Tile(16, 32, 128, 4, 5),
         ),
-        "blackwell": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
-        "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
-        "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
+        "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 3)),
+        "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(16, 32, 128, 4, 5)),
+        "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), Tile(16, 32, 128, 4, 4)),
         "cdna": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
@@ -54,12 +55,13 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
     # With index maps: an address per element of what is gathered or scattered, so smaller tiles.
+    # The last tile is for a few tokens: 16 rows of w a program keep more of the device streaming.
     ("fwd_map", 16): {
-        "hopper": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
-        "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4)),
-        "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 32, 128, 4, 5)),
-        "consumer": (Tile(128, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4)),
-        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+        "hopper": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
+        "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 32, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
+        "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
+        "consumer": (Tile(128, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 16, 128, 4, 5)),
+        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_x_map", 16): {
@@ -73,6 +75,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     # fp32 runs on the FMA units, bit-faithful to PyTorch's default: registers set the tile.
     ("fwd", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "consumer": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 3)),
         "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
@@ -108,23 +111,25 @@ ROW_WISE = {"BLOCK": 1024, "num_warps": 4}
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
-def family(x: Tensor) -> str:
-    """Return the column of `GEMM` for x's device."""
-    if x.device.type == "cpu":
+@functools.cache
+def family(device: torch.device) -> str:
+    """Return the column of `GEMM` for a device."""
+    if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
         return "cdna"
-    properties = torch.cuda.get_device_properties(x.device)
+    properties = torch.cuda.get_device_properties(device)
     if properties.shared_memory_per_block_optin < 160 * 1024:
         return "consumer"
     return {9: "hopper", 10: "blackwell"}.get(properties.major, "ampere")
 
 
-def processors(x: Tensor) -> int:
-    """Return the number of multiprocessors of x's device, 1 in the interpreter."""
-    if x.device.type == "cpu":
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device, 1 in the interpreter."""
+    if device.type == "cpu":
         return 1
-    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
@@ -132,7 +137,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
 
     Without one that fills it, the last and smallest: more programs, each with less to do.
     """
-    row = GEMM[kernel, x.dtype.itemsize * 8][family(x)]
+    row = GEMM[kernel, x.dtype.itemsize * 8][family(x.device)]
     for tile in row:
         if kernel.startswith("fwd"):
             rows, block_rows, columns, block_columns = m, tile.m, n, tile.n
@@ -142,7 +147,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
             rows, block_rows, columns, block_columns = n, tile.n, k, tile.k
         if rows <= block_rows // 2:
             continue
-        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x):
+        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x.device):
             return tile
     return row[-1]
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finegates import GateConfig
-from finegates.ops import reference
+from finegates.ops import _triton, reference
+from numerics import assert_no_worse
 
+FUSED = (_triton.gated_matmul_fused, _triton.gated_matmul_backward_fused)
+FOLD = (_triton.gated_matmul_fold, _triton.gated_matmul_backward_fold)
+FROZEN = [True, False, True, True, True]
+PRETRAINING = [True] * 5
 NAMES = ("x", "w", "b", "row_logits", "column_logits")
 
 
@@ -42,6 +48,12 @@ class Case:
     def constants(self) -> tuple[Any, ...]:
         return (self.config.distribution, *self.config.constants, self.closed_grad)
 
+    def to(self, device: str) -> Case:
+        """Return the same case on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Case(**moved)
+
     def forward_args(self) -> tuple[Any, ...]:
         return (
             self.x, self.w, self.b, self.row_logits, self.column_logits, self.seed, self.rows,
@@ -64,23 +76,22 @@ class Case:
         rows = slice(None) if self.rows is None else self.rows.long()
         columns = slice(None) if self.columns is None else self.columns.long()
         n, k = self.size
-        compact = self.rows is not None or self.columns is not None
-        one = torch.ones
-        r = one(n).double() if compact or self.row_logits is None else r.double()
-        c = one(k).double() if compact or self.column_logits is None else c.double()
+        compact = reference.is_compact(self.rows, self.columns, n, k)
+        r = x.new_ones(n) if compact or self.row_logits is None else r.double()
+        c = x.new_ones(k) if compact or self.column_logits is None else c.double()
         tokens = math.prod(x.shape[:-1])
         x2, dy2 = x.reshape(tokens, k)[:, columns], dy.reshape(tokens, n)[:, rows]
         v = (x2 * c[columns]) @ w.t()
         if b is not None:
             v = v + b
-        y = torch.zeros(x2.shape[0], n, dtype=torch.float64)
+        y = x.new_zeros(x2.shape[0], n)
         y[:, rows] = v * r[rows]
         u = (dy2 * r[rows]) @ w
-        dx = torch.zeros(x2.shape[0], k, dtype=torch.float64)
+        dx = x.new_zeros(x2.shape[0], k)
         dx[:, columns] = u * c[columns]
         dw = (dy2 * r[rows]).t() @ (x2 * c[columns])
         db = None if b is None else r[rows] * dy2.sum(0)
-        dr, dc = torch.zeros(n).double(), torch.zeros(k).double()
+        dr, dc = x.new_zeros(n), x.new_zeros(k)
         dr[rows], dc[columns] = (dy2 * v).sum(0), (x2 * u).sum(0)
         noise, (distribution, *scalars, closed) = self.seed is not None, self.constants
         tail = (distribution, *scalars, closed or compact)
@@ -135,3 +146,38 @@ def make(
         config=config,
         closed_grad=closed_grad,
     )
+
+
+def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> None:
+    """Compare y and the wanted gradients with fp64, beside plain PyTorch at the same dtype."""
+    forward, backward = how
+    y, r, c = forward(*case.forward_args())
+    _, plain_r, plain_c = reference.gated_matmul(*case.forward_args())
+    torch.testing.assert_close(r, plain_r, atol=2e-6, rtol=0)
+    torch.testing.assert_close(c, plain_c, atol=2e-6, rtol=0)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    exact_y, exact = case.exact(dy, r, c)
+    plain_y = plain_forward(case, r, c)
+    assert_no_worse(y, plain_y, exact_y)
+    grads = backward(*case.backward_args(dy, y, r, c, mask))
+    plain = reference.gated_matmul_backward(*case.backward_args(dy, plain_y, r, c, mask))
+    for name, ours, theirs, true, wanted in zip(NAMES, grads, plain, exact, mask, strict=True):
+        if not wanted or true is None:
+            assert ours.numel() == 0, name
+            continue
+        assert_no_worse(ours.reshape(true.shape), theirs.reshape(true.shape), true)
+
+
+def plain_forward(case: Case, r: Tensor, c: Tensor) -> Tensor:
+    """Return y by elementwise passes around a Linear, for the gates r and c."""
+    n, k = case.size
+    x, y = case.x, case.x.new_zeros(*case.x.shape[:-1], n)
+    rows = slice(None) if case.rows is None else case.rows.long()
+    columns = slice(None) if case.columns is None else case.columns.long()
+    if not reference.is_compact(case.rows, case.columns, n, k):
+        x = x if case.column_logits is None else x * c.to(x.dtype)
+        row = None if case.row_logits is None else r[rows].to(x.dtype)
+    else:
+        row = None
+    y[..., rows] = reference.gated_linear(x[..., columns], case.w, case.b, row, None)
+    return y

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finegates import Gate, GateConfig
-from finegates._env import BACKENDS
 from finegates.config import DISTRIBUTIONS, OBJECTIVES, TIES
 
 POSITIVE = st.floats(1e-6, 1e6)
@@ -26,10 +25,11 @@ def configs(draw: st.DrawFn) -> GateConfig:
     """Any valid config."""
     warmup = draw(st.floats(0.0, 1.0, exclude_max=True))
     rows = draw(st.booleans())
+    distribution = draw(st.sampled_from(DISTRIBUTIONS))
     return GateConfig(
-        distribution=draw(st.sampled_from(DISTRIBUTIONS)),
+        distribution=distribution,
         sparsity=draw(st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)),
-        objective=draw(st.sampled_from(OBJECTIVES)),
+        objective=draw(st.sampled_from(OBJECTIVES[: 1 if distribution == "ranking" else None])),
         tie=draw(st.sampled_from(TIES)),
         rows=rows,
         columns=draw(st.booleans()) or not rows,
@@ -41,16 +41,16 @@ def configs(draw: st.DrawFn) -> GateConfig:
         warmup=warmup,
         ramp=draw(st.floats(0.0, 1.0 - warmup)),
         penalty_weight=draw(st.floats(0.0, 1e6)),
-        gate_learning_rate=draw(POSITIVE),
+        gate_learning_rate=draw(st.none() | POSITIVE),
         sigma=draw(POSITIVE),
         open_sigma=draw(POSITIVE),
         offset=draw(st.floats(1e-6, 1.0 - 1e-6)),
         beta=draw(POSITIVE),
-        gamma=-draw(st.floats(5e-324, 1.7e308)),
-        zeta=draw(st.floats(1.0, 1.7e308, exclude_min=True)),
+        gamma=-draw(st.floats(5e-324, 1e300)),
+        zeta=draw(st.floats(1.0, 1e300, exclude_min=True)),
         init_mean=draw(st.none() | st.floats(-1e6, 1e6)),
         init_std=draw(st.floats(0.0, 1e6)),
-        backend=draw(st.sampled_from(BACKENDS)),
+        backend=draw(st.sampled_from(("auto", "torch", "triton"))),
     )
 
 
@@ -88,6 +88,7 @@ INVALID: list[tuple[str, Any]] = [
     ("objective", "l0"),
     ("tie", "units"),
     ("backend", "cuda"),
+    ("backend", "native"),
     ("rows", 1),
     ("columns", None),
     ("train_bias", "yes"),
@@ -222,3 +223,14 @@ def test_edges_are_where_the_evaluation_value_saturates(distribution: str, offse
         gate.logits[2:] = config.start_logit + steps
         below_closing, above_closing, below_open, above_open = gate().tolist()
     assert below_closing == 0.0 < above_closing < below_open < 1.0 == above_open
+
+
+def test_per_axis_objective_needs_probabilities() -> None:
+    with pytest.raises(ValueError, match="objective 'per_axis' needs gaussian or hard_concrete"):
+        GateConfig(distribution="ranking", objective="per_axis")
+
+
+def test_learning_rate_of_the_logits_follows_the_distribution() -> None:
+    assert GateConfig().logits_learning_rate == 0.05
+    assert GateConfig(distribution="hard_concrete").logits_learning_rate == 0.2
+    assert GateConfig(gate_learning_rate=0.01).logits_learning_rate == 0.01

@@ -191,7 +191,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 def test_alive_set_is_the_definition(
     model_type: str, changes: dict[str, Any], tie: str, distribution: str, share: float
 ) -> None:
-    """No more and no less than DESIGN §2.2, by an independent fixpoint in Python loops."""
+    """No more and no less than docs/method.md says, by an independent fixpoint in Python loops."""
     model = build(model_type, layers=1, **changes)
     gates = GateMap(gate_(model, GateConfig(distribution=distribution, tie=tie)))
     for seed in range(3):

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from finegates import _env
+from finegates import FusedGatedLinear, _env
 from finegates.ops import dispatch, gated_linear, pruned_linear, table, use_backend
 from finegates.ops.dispatch import Implementation, choose, requested_backend
 
@@ -48,6 +49,22 @@ def test_named_backend_raises_with_its_reason(two_backends: list[str]) -> None:
         choose("toy", "native", 13)
     with pytest.raises(ValueError, match="backend='triton' has no implementation of toy"):
         choose("toy", "triton", 1)
+    with pytest.raises(ValueError, match="backend must be one of .* got 'typo'"):
+        choose("toy", "typo", 1)
+
+
+def test_context_and_environment_speak_to_the_ops_that_have_the_backend(
+    two_backends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with use_backend("triton"):
+        assert choose("toy", "auto", 1).backend == "native"
+    with use_backend("native"), pytest.raises(ValueError, match="13 is unlucky"):
+        choose("toy", "auto", 13)
+    monkeypatch.setenv("FINEGATES_BACKEND", "native")
+    layer, x = FusedGatedLinear(3, 2), torch.ones(1, 3)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    with pytest.raises(ValueError, match="backend='native' has no implementation of gated_linear"):
+        gated_linear(x, layer.weight, backend="native")
 
 
 def test_layer_wins_over_context_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +111,7 @@ def test_environment_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.ones(1, 2), torch.ones(3, 2)
     with pytest.raises(ValueError, match="backend='triton' can't run gated_linear"):
         gated_linear(x, w)
-    with pytest.raises(ValueError, match="backend='triton' has no implementation of pruned_linear"):
+    with pytest.raises(ValueError, match="backend='triton' can't run pruned_linear: x is on cpu"):
         pruned_linear(x, w)
     assert gated_linear(x, w, backend="torch").tolist() == [[2.0] * 3]
 
@@ -116,7 +133,9 @@ def test_every_op_ends_with_torch_and_the_table_says_why_not() -> None:
     for op, row in dispatch.TABLE.items():
         assert row[-1].backend == "torch"
         assert row[-1].status() is None
-        assert [b for o, b, _ in rows if o == op] == [entry.backend for entry in row]
-    for _, backend, reason in rows:
-        assert backend in _env.BACKENDS
+        names = [name for o, name, _ in rows if o == op]
+        assert names == [entry.name for entry in row]
+        assert len(set(names)) == len(names), "rows that can't be told apart"
+    for _, name, reason in rows:
+        assert name.split(" (")[0] in _env.BACKENDS
         assert reason is None or (reason and "\n" not in reason)

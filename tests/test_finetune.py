@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,17 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertTokenizerFast,
+    HfArgumentParser,
 )
 
-import finegates.hf  # noqa: F401  (registers the loader)
-from finegates import PrunedLinear
+import finegates.hf
+from finegates import FusedGatedLinear, PrunedLinear
 from finegates.cli import main
 from finegates.recipes import finetune_glue
+from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
 from finegates.recipes.finetune_glue import Finetune
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -42,23 +49,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         intermediate_size=96, max_position_embeddings=32, initializer_range=0.2,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(model)
-    rng = random.Random(0)
     for split, rows in (("train", 128), ("dev", 64)):
-        lines = ["sentence\tlabel"]
-        for _ in range(rows):
-            words = rng.choices(WORDS, k=rng.randint(3, 9))
-            lines.append(f"{' '.join(words)}\t{int(words[0] < words[-1])}")
-        (data / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        write_task(data / f"{split}.tsv", rows)
     return model, data
+
+
+def write_task(path: Path, rows: int) -> None:
+    """Write sentences of random words, positive where the first word sorts before the last."""
+    rng = random.Random(rows)
+    lines = ["sentence\tlabel"]
+    for _ in range(rows):
+        words = rng.choices(WORDS, k=rng.randint(3, 9))
+        lines.append(f"{' '.join(words)}\t{int(words[0] < words[-1])}")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def words(tiny: tuple[Path, Path], output: Path, *more: str) -> list[str]:
     model, data = tiny
     return [
         "--model", str(model), "--data_dir", str(data), "--output_dir", str(output),
-        "--max_steps", "8", "--save_steps", "3", "--max_length", "16", "--use_cpu", "True",
+        "--max_steps", "8", "--save_steps", "2", "--max_length", "16", "--use_cpu", "True",
         "--per_device_train_batch_size", "8", "--disable_tqdm", "True", *more,
     ]  # fmt: skip
+
+
+def job(arguments: list[str]) -> Finetune:
+    """Return the job of these words, its data and model loaded and its folder claimed."""
+    kinds: Any = (FinetuneArguments, FinetuneTrainingArguments)
+    return Finetune(*HfArgumentParser(kinds).parse_args_into_dataclasses(arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -99,9 +117,12 @@ def test_job_ends_with_a_pruned_model_that_loads(
 
 
 def test_interrupted_job_goes_on(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A job that dies in the gated stage ends, when called again, as the uninterrupted one."""
+    """A job that dies while it writes a checkpoint ends as the uninterrupted one."""
     assert main(["finetune", *words(tiny, tmp_path / "whole")]) == 0
     expected = json.loads((tmp_path / "whole" / "report.json").read_text())
 
@@ -120,13 +141,26 @@ def test_interrupted_job_goes_on(
         patch.setattr(controller, "after_step", dying)
         with pytest.raises(Interrupted):
             main(["finetune", *words(tiny, tmp_path / "run")])
+    gated = tmp_path / "run" / "gated"
     assert (tmp_path / "run" / "dense" / "model").is_dir()
-    assert (tmp_path / "run" / "gated" / "checkpoint-3").is_dir()
-    assert not (tmp_path / "run" / "gated" / "model").exists()
-    assert main(["finetune", *words(tiny, tmp_path / "run")]) == 0
+    assert not (gated / "model").exists()
+    assert {path.name for path in gated.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    newest = gated / "checkpoint-4" / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger("transformers.trainer"),
+        "callHandlers",
+        lambda record: said.append(record.getMessage()),
+    )
+    with caplog.at_level(logging.WARNING, "finegates"):
+        assert main(["finetune", *words(tiny, tmp_path / "run")]) == 0
+    assert "checkpoint-4 is skipped: optimizer.pt is cut short" in caplog.text
+    assert "checkpoint-2 is skipped" not in caplog.text
     resumed = json.loads((tmp_path / "run" / "report.json").read_text())
     scores = [[row["score"] for row in r["rows"]] for r in (expected, resumed)]
     assert scores[0] == scores[1]
+    assert not [line for line in said if "missing keys" in line]
     weights = [
         AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "pruned").state_dict()
         for name in ("whole", "run")
@@ -164,6 +198,11 @@ def test_foreign_folder_is_never_replaced(
         (["--distribution", "bernoulli"], "distribution must be one of"),
         (["--max_length", "64"], "max_length must be between 8 and 32, got 64"),
         (["--no_such_flag", "1"], "no_such_flag"),
+        (["--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
+        (["--model", "/no/such"], "model '/no/such' can't be loaded"),
+        (["--data_dir", "/no/SST-2"], "train.tsv is not a file"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint must be left out: the same"),
+        (["--load_best_model_at_end", "True"], "load_best_model_at_end must be False: the gates'"),
     ],
 )
 def test_bad_arguments_end_in_one_line(
@@ -177,6 +216,7 @@ def test_bad_arguments_end_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_reloaded_model_that_scores_differently_fails_the_job(
@@ -196,8 +236,173 @@ def test_paper_constants_are_one_flag(tiny: tuple[Path, Path], tmp_path: Path) -
     assert written["job"]["paper"] is True
 
 
-def test_help_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    assert "finetune" in capsys.readouterr().out
-    assert main(["frobnicate"]) == 2
-    assert "unknown command 'frobnicate'" in capsys.readouterr().err
+def test_epochs_count_when_they_are_given() -> None:
+    def steps(**given: float) -> tuple[int, float]:
+        training = FinetuneTrainingArguments(use_cpu=True, **given)
+        return training.max_steps, training.num_train_epochs
+
+    assert steps()[0] == 300
+    assert steps(num_train_epochs=2.0) == (-1, 2.0)
+    assert steps(num_train_epochs=2.0, max_steps=7)[0] == 7
+
+
+def test_epochs_set_the_length_of_the_schedule(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    controller = finegates.hf.trainer.GateController
+    init = controller.__init__
+
+    def noting(self: Any, model: Any, total_steps: int) -> None:
+        lengths.append(total_steps)
+        init(self, model, total_steps)
+
+    monkeypatch.setattr(controller, "__init__", noting)
+    arguments = words(tiny, tmp_path / "run", "--num_train_epochs", "0.5")
+    at = arguments.index("--max_steps")
+    del arguments[at : at + 2]
+    assert main(["finetune", *arguments]) == 0
+    assert lengths == [8]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--weight_decay", "0.1"],
+        ["--lr_scheduler_type", "constant"],
+        ["--gradient_accumulation_steps", "2"],
+        ["--seed", "7"],
+        ["--tie", "none"],
+    ],
+    ids=lambda change: change[0],
+)
+def test_what_changes_the_result_makes_another_run(
+    tiny: tuple[Path, Path], tmp_path: Path, change: list[str]
+) -> None:
+    output = tmp_path / "run"
+    job(words(tiny, output))
+    job(words(tiny, output, "--logging_steps", "3", "--save_steps", "5", "--disable_tqdm", "False"))
+    with pytest.raises(ValueError, match="holds another run"):
+        job(words(tiny, output, *change))
+
+
+def test_gate_constants_are_part_of_the_run(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release with other defaults doesn't go on with an older one's checkpoints."""
+    job(words(tiny, tmp_path / "run"))
+    config = FinetuneArguments().gate_config()
+    monkeypatch.setattr(FinetuneArguments, "gate_config", lambda self: replace(config, warmup=0.1))
+    with pytest.raises(ValueError, match="holds another run"):
+        job(words(tiny, tmp_path / "run"))
+
+
+def test_all_arms_train_what_they_say(
+    tiny: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The baseline is the plain model without gate noise; a new pooler is trained in every arm.
+
+    Nothing is trained here, so that nothing is removed, which the job must notice.
+    """
+    model = tmp_path / "bert"
+    shutil.copytree(tiny[0], model)
+    BertForMaskedLM(BertConfig.from_pretrained(model)).save_pretrained(model)
+    arms: list[Any] = []
+
+    def train(self: Any, **kwargs: Any) -> None:
+        arms.append(self.model)
+
+    monkeypatch.setattr(finetune_glue.Trainer, "train", train)
+    with pytest.raises(RuntimeError, match="^0.00% of the gated weights are removed, 40.00% were"):
+        main(["finetune", *words((model, tiny[1]), tmp_path / "run", "--distribution", "gaussian")])
+    adapted, dense, gated = (
+        {name for name, p in arm.named_parameters() if p.requires_grad} for arm in arms
+    )
+    is_gated = [any(isinstance(m, FusedGatedLinear) for m in arm.modules()) for arm in arms]
+    assert is_gated == [False, False, True]
+    assert adapted == {name for name in gated if not name.endswith(".logits")}
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"} <= adapted
+    assert dense == {name for name, _ in arms[1].named_parameters()}
+    assert caplog.text.count("has no pooler; a random one is trained as head") == 1
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_trained_pooler_stays_frozen(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    assert not any("pooler" in p for p in job(words(tiny, tmp_path)).gate_config.trainable)
+
+
+def test_one_large_unit_may_miss_by_more_than_half_a_point() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    config = finegates.GateConfig(modules=("*",), sparsity=0.45)
+    gated = finegates.gate_(model, config)
+    assert finetune_glue._largest_unit(gated) == 4 / 12
+    with torch.no_grad():
+        gated[0].row_gate.logits[0] = -1.0
+    finetune_glue._check_removed(gated, config)
+    with pytest.raises(RuntimeError, match="33.33% of the gated weights are removed, 80.00% were"):
+        finetune_glue._check_removed(gated, replace(config, sparsity=0.8))
+
+
+def test_output_folder_is_claimed_late_and_a_lone_part_is_no_run(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(ValueError, match="max_length"):
+        job(words(tiny, output, "--max_length", "64"))
+    assert not output.exists()
+    output.mkdir()
+    (output / "run.part").write_text("half")
+    job(words(tiny, output))
+    assert [path.name for path in output.iterdir()] == ["run.json"]
+    (output / "run.json").write_text('{"mod')
+    with pytest.raises(ValueError, match=r"run/run\.json: not valid JSON"):
+        job(words(tiny, output))
+    job(words(tiny, output, "--overwrite_output_dir", "True"))
+
+
+def test_small_validation_split_and_no_correlation(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is as large as the split, and a score that is NaN is null in the report."""
+    data = tmp_path / "SST-2"
+    shutil.copytree(tiny[1], data)
+    write_task(data / "dev.tsv", 20)
+    monkeypatch.setattr(Finetune, "_score", lambda self, model: math.nan)
+    output = tmp_path / "run"
+    assert main(["finetune", *words((tiny[0], data), output)]) == 0
+    written = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
+    assert [row["score"] for row in written["rows"]] == [None] * 5
+    assert {timing["inputs"] for timing in written["timings"]} == {"batch 1", "batch 20"}
+
+
+def test_empty_split_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    data = tmp_path / "SST-2"
+    shutil.copytree(tiny[1], data)
+    write_task(data / "dev.tsv", 0)
+    with pytest.raises(ValueError, match="split 'validation' of sst2 must not be empty"):
+        job(words((tiny[0], data), tmp_path / "run"))
+
+
+def test_further_labelled_splits_are_scored(
+    tiny: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "SST-2"
+    shutil.copytree(tiny[1], data)
+    write_task(data / "test_labelled.tsv", 30)
+    output = tmp_path / "run"
+    assert main(["finetune", *words((tiny[0], data), output)]) == 0
+    score = json.loads((output / "report.json").read_text())["splits"]["test"]
+    assert 0.0 < score <= 1.0
+    assert f"test: accuracy {score:.1%} (reloaded)" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_trained_on_a_gpu_and_timed_on_the_cpu(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = words(tiny, tmp_path / "run")
+    at = arguments.index("--use_cpu")
+    del arguments[at : at + 2]
+    assert main(["finetune", *arguments]) == 0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from finegates import FusedGatedLinear, Gate, GateConfig, GateMap, gate_, prune_
-from finegates.surgery import architecture_of
+from finegates.surgery import architecture_of, freeze_
 from tiny_models import build, logits
 
 BLOCK_LINEARS = {"bert": 6, "roberta": 6, "llama": 7, "qwen2": 7}
@@ -147,6 +147,21 @@ def test_what_stays_trainable(train_bias: bool, train_weight: bool) -> None:
     assert len(trained) < len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("train_weight", [False, True])
+def test_freeze_freezes_what_gate_does_and_gates_nothing(train_weight: bool) -> None:
+    config = GateConfig(train_weight=train_weight, trainable=("cls.*",))
+    plain, gated = build("bert"), gate_(build("bert"), config)
+    before = logits(plain)
+    assert freeze_(plain, config) is plain
+    assert torch.equal(logits(plain), before)
+    assert gated_names(plain) == []
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {
+        n for n, p in gated.named_parameters() if p.requires_grad and not n.endswith(".logits")
+    }
+    with pytest.raises(ValueError, match="gated already; freeze_ works on plain"):
+        freeze_(gated)
+
+
 def test_trainable_patterns_reach_any_parameter() -> None:
     model = build("bert", layers=1)
     gate_(model, GateConfig(trainable=("*LayerNorm.weight",), train_bias=False))
@@ -259,13 +274,20 @@ def test_foreign_config_attribute_is_not_touched(config: Any) -> None:
         assert config == {"a": 1}
 
 
-def test_shared_module_is_gated_once() -> None:
-    """One Linear at two places stays one layer with one set of gates at the first name."""
+def test_layer_at_two_places_is_refused() -> None:
     linear = nn.Linear(4, 4)
-    model = nn.Sequential(linear, nn.ReLU(), linear).eval()
-    gate_(model, GateConfig(modules=("*",)))
-    with torch.no_grad():
-        GateMap(model).gates()[0].logits[1] = -1.0
-    x = torch.randn(3, 4)
-    before = model(x)
-    torch.testing.assert_close(prune_(model)(x), before)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    with pytest.raises(ValueError, match="'0' is the same layer as '2'"):
+        gate_(model, GateConfig(modules=("*",)))
+
+
+def test_trainable_pattern_without_a_match_warns() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"trainable: 'head\.\*' matches no parameter"):
+        gate_(model, GateConfig(modules=("*",), trainable=("head.*",)))
+
+
+def test_activation_is_probed_under_the_meta_device() -> None:
+    model = build("bert")
+    with torch.device("meta"):
+        assert len(architecture_of(model).couplings) == 6

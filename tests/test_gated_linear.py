@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,6 +131,84 @@ def test_open_gates_are_the_linear_bit_for_bit(
         assert y.dtype == dtype
         assert y.shape == (*shape, 33)
         assert torch.equal(y, expected)
+
+
+VIEWS = {
+    "sequence": lambda m, k: torch.randn(6, 50, k)[:, :m],
+    "batch": lambda m, k: torch.randn(12, m, k)[::2],
+    "first token": lambda m, k: torch.randn(6, m, k)[:, :1],
+    "expanded batch": lambda m, k: torch.randn(1, m, k).expand(6, m, k),
+    "expanded tokens": lambda m, k: torch.randn(6, 1, k).expand(6, m, k),
+    "features": lambda m, k: torch.randn(6, m, 2 * k)[..., :k],
+    "every other feature": lambda m, k: torch.randn(6, m, 2 * k)[..., ::2],
+    "transposed": lambda m, k: torch.randn(m, 6, k).transpose(0, 1),
+    "moved": lambda m, k: torch.randn(k, 6, m).movedim(0, -1),
+    "4-D": lambda m, k: torch.randn(3, 4, m, k).transpose(0, 2)[:, :2, ::2],
+    "matrix": lambda m, k: torch.randn(k, m).t()[::2],
+    "vector": lambda m, k: torch.randn(2 * k)[::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=[*DTYPE_IDS, "fp16"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(384, 384), (768, 100), (100, 768)], ids=str)
+def test_open_gates_are_the_linear_bit_for_bit_on_views(
+    dtype: torch.dtype, bias: bool, n: int, k: int
+) -> None:
+    """``F.linear`` and BLAS choose by the strides of x in which order they sum."""
+    linear = nn.Linear(k, n, bias, dtype=dtype)
+    layer = fill_(FusedGatedLinear.from_linear(linear), 20.0).eval()
+    for name, view in VIEWS.items():
+        x = view(37, k)
+        if dtype != torch.float32:
+            memory = torch.as_strided(x, (x.untyped_storage().nbytes() // 4,), (1,), 0)
+            x = torch.as_strided(memory.to(dtype), x.shape, x.stride())
+        assert torch.equal(layer(x), linear(x)), name
+
+
+def test_input_that_overlaps_itself() -> None:
+    layer = mixed().eval()
+    for x in (torch.randn(20).unfold(0, 6, 1), torch.randn(3, 1).expand(3, 6)):
+        torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize("change", [{"rows": False}, {}], ids=["columns only", "frozen rows"])
+def test_an_in_place_activation_may_follow_untrained_row_gates(change: dict[str, Any]) -> None:
+    layer = mixed(**change)
+    if layer.row_gate is not None:
+        layer.row_gate.requires_grad_(False)
+    x = torch.randn(5, 6)
+    for inplace in (True, False):
+        layer.zero_grad()
+        nn.Sequential(layer, nn.ReLU(inplace))(x).sum().backward()
+        gradients = [p.grad for p in layer.parameters() if p.requires_grad]
+        if inplace:
+            expected = gradients
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))  # type: ignore[arg-type]
+
+
+def test_an_in_place_activation_after_trained_row_gates_is_refused() -> None:
+    y = nn.Sequential(mixed(), nn.ReLU(inplace=True))(torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("distribution", ALL)
+def test_torch_func(distribution: str) -> None:
+    layer = mixed(distribution=distribution).eval()
+    x, t = torch.randn(5, 6), torch.randn(5, 6)
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit
+        _, tangent = torch.func.jvp(layer, (x,), (t,))
+    torch.testing.assert_close(tangent, layer(x + t) - layer(x), rtol=1e-4, atol=1e-5)
+    parameters = dict(layer.named_parameters())
+    gradients = torch.func.grad(
+        lambda p: torch.func.functional_call(layer, p, (x,)).square().sum()
+    )(parameters)
+    layer(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -397,5 +476,5 @@ def test_results_do_not_depend_on_threads(threads: int) -> None:
 
 
 def test_backend_of_the_config_reaches_the_op() -> None:
-    with pytest.raises(ValueError, match="backend='native' has no implementation of gated_linear"):
-        mixed(backend="native")(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="backend='triton' can't run gated_linear: x is on cpu"):
+        mixed(backend="triton")(torch.randn(2, 6))

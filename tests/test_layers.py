@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "finegates"
 
-# DESIGN §3, from the top; a module may import from its own entry and from those below.
+# From the top; a module may import from its own entry and from those below.
 LAYERS = (
     ("cli", "recipes"),
     ("__main__",),
@@ -81,7 +81,7 @@ def test_imports_go_down(path: Path) -> None:
     mine = part(path)
     if mine == "__init__":
         return
-    assert mine in LEVEL, f"{mine} has no place in the layers: give it one in DESIGN §3 and here"
+    assert mine in LEVEL, f"{mine} has no place in the layers: give it one here"
     for name, _ in imports(path):
         if name.split(".")[0] != "finegates":
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -108,6 +109,20 @@ def test_output_and_gradients_are_no_worse_than_plain(
         assert_no_worse(ours[name].grad, theirs[name].grad, exact[name].grad)  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("present", PRESENT, ids=PRESENT_IDS)
+def test_layers_without_features_have_gradients(present: Any, n: int, k: int) -> None:
+    named, twin = operands((4,), n, k, present), operands((4,), n, k, present)
+    y, expected = gated_linear(**named), plain(**twin)  # type: ignore[arg-type]
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    for name in "xwbrc":
+        a, b = named[name], twin[name]
+        if a is not None and b is not None:
+            assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
 def test_gate_close_to_zero_keeps_its_gradient() -> None:
     """dr divides y by r: right down to the smallest value an fp32 gate takes, 2⁻²⁴."""
     named: Any = operands((64,), 3, 5, dtype=F32, grad=False)
@@ -119,6 +134,63 @@ def test_gate_close_to_zero_keeps_its_gradient() -> None:
     for function, operand in ((gated_linear, named), (plain, theirs), (plain, exact)):
         function(**operand).sum().backward()
     assert_no_worse(named["r"].grad, theirs["r"].grad, exact["r"].grad)
+
+
+@pytest.mark.parametrize("present", PRESENT, ids=PRESENT_IDS)
+def test_nothing_but_operands_and_output_is_saved(present: Any) -> None:
+    """Neither the gated input nor the pre-gate output is kept for the backward."""
+    named = operands((2, 3), 6, 5, present)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = gated_linear(**named)  # type: ignore[arg-type]
+    known = {t.data_ptr() for t in (*named.values(), y) if t is not None}
+    assert saved
+    assert set(saved) <= known
+
+
+@pytest.mark.parametrize("gate", ["none", "frozen"])
+def test_output_may_change_in_place_where_the_row_gate_gets_no_gradient(gate: str) -> None:
+    ours, theirs = operands((4,), 6, 5), operands((4,), 6, 5)
+    for named in (ours, theirs):
+        if gate == "none":
+            named["r"] = None
+        else:
+            named["r"].requires_grad_(False)  # type: ignore[union-attr]
+    gated_linear(**ours).relu_().sum().backward()  # type: ignore[arg-type]
+    plain(**theirs).relu().sum().backward()  # type: ignore[arg-type]
+    for name in "xwbc":
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)  # type: ignore[union-attr]
+
+
+def test_transforms_take_the_reference() -> None:
+    """The op has neither a batching nor a forward-mode rule."""
+    named: Any = operands((4,), 6, 5, grad=False)
+    tangents = {name: torch.randn_like(t) for name, t in named.items()}
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return gated_linear(*tensors)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit
+        pair = [
+            torch.func.jvp(function, tuple(named.values()), tuple(tangents.values()))
+            for function in (ours, plain)
+        ]
+    torch.testing.assert_close(*pair)
+    rows = torch.vmap(ours, in_dims=(0, None, None, None, None))(*named.values())
+    torch.testing.assert_close(rows, plain(**named))
+    jacobians = [
+        torch.func.jacrev(function, argnums=(0, 1, 2, 3, 4))(*named.values())
+        for function in (ours, plain)
+    ]
+    torch.testing.assert_close(*jacobians)
+    with pytest.raises(ValueError, match="backend='triton' can't run gated_linear: grad"):
+        torch.vmap(lambda x: gated_linear(x, named["w"], backend="triton"))(named["x"])
 
 
 def test_saved_output_may_not_be_changed_unseen() -> None:
@@ -278,14 +350,13 @@ def test_gated_linear_refuses(change: dict[str, Any], message: str) -> None:
         ({"rows": None}, "out_features must fit w's 4 rows, got 7"),
         ({"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
         ({"residual": torch.zeros(2, 3, 4)}, r"residual must have shape \(2, 3, 7\), got"),
-        ({"backend": "cuda"}, "backend='cuda' has no implementation of pruned_linear"),
+        ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
+        ({"backend": "triton"}, "backend='triton' can't run pruned_linear: "),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
 def test_pruned_linear_refuses(change: dict[str, Any], message: str, grad: bool) -> None:
-    if grad and "backend" in change:
-        pytest.skip("with gradients wanted the reference serves, whatever backend is named")
     named = {**pruned_operands(), **change}
     if grad:
         named["w"] = named["w"].requires_grad_()

@@ -85,8 +85,7 @@ def removed_in_one_draw(model: PreTrainedModel, gates: GateMap) -> int:
     for side in is_open:
         gate = gates.gate(side)
         if gate is not None:
-            units = samples.setdefault(id(gate.logits), gate._sample())
-            is_open[side] = gate.spread(units) > 0
+            is_open[side] = samples.setdefault(id(gate.logits), gate().detach()) > 0
     alive = alive_by_definition(model, is_open)
     return sum(
         layer.weight.numel()

@@ -6,7 +6,11 @@ import copy
 import gc
 import io
 import pickle
+import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +19,29 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 from finegates import PrunedLinear, use_backend
-from finegates.ops import pruned_linear, reference, table
+from finegates.ops import packing, pruned_linear, reference, table
 from numerics import assert_no_worse
 
 NATIVE_REASON = next(why for op, name, why in table() if (op, name) == ("pruned_linear", "native"))
 needs_native = pytest.mark.skipif(NATIVE_REASON is not None, reason=f"native: {NATIVE_REASON}")
+# "default" asks for nothing, which opens the short way past the dispatcher.
 BACKENDS = [
+    pytest.param("default", id="default"),
     pytest.param("torch", id="torch"),
     pytest.param("native", id="native", marks=needs_native),
     pytest.param("auto", id="auto"),
 ]
+
+
+def asking(backend: str) -> AbstractContextManager[None]:
+    """Request a backend, or nothing at all."""
+    return nullcontext() if backend == "default" else use_backend(backend)
+
+
 ROWS = torch.tensor([0, 2, 3, 6])
 COLUMNS = torch.tensor([1, 2, 5, 7, 8])
 
@@ -79,7 +94,7 @@ def test_backends_agree_with_the_rule(backend: str, dtype: torch.dtype, m: int) 
         pytest.skip("the native backend refuses fp16 weights, see test_native.py")
     dense, pruned = example(dtype)
     x = torch.randn(m, 9).to(dtype)
-    with torch.no_grad(), use_backend(backend):
+    with torch.no_grad(), asking(backend):
         assert_no_worse(pruned(x), dense(x), copy.deepcopy(dense).double()(x.double()))
 
 
@@ -87,18 +102,18 @@ def test_backends_agree_with_the_rule(backend: str, dtype: torch.dtype, m: int) 
 def test_result_does_not_depend_on_threads(backend: str, threads: int) -> None:
     dense, pruned = example()
     x = torch.randn(130, 9)
-    with torch.no_grad(), use_backend(backend):
+    with torch.no_grad(), asking(backend):
         assert_no_worse(pruned(x), dense(x), copy.deepcopy(dense).double()(x.double()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_flow_whatever_the_backend(backend: str) -> None:
-    """The trap of DESIGN §5: a native op without autograd loses gradients silently."""
+    """A native op without autograd would lose gradients silently."""
     dense, pruned = example()
     x, twin = (torch.randn(5, 9, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     x.requires_grad_()
     twin.requires_grad_()
-    with use_backend(backend):
+    with asking(backend):
         y = pruned(x)
         y.square().sum().backward()
         frozen = copy.deepcopy(pruned).requires_grad_(False)
@@ -255,7 +270,7 @@ def test_non_contiguous_input(backend: str) -> None:
     dense, pruned = example()
     x = torch.randn(9, 4, 3).movedim(0, -1)
     wide = torch.randn(5, 18)[:, ::2]
-    with torch.no_grad(), use_backend(backend):
+    with torch.no_grad(), asking(backend):
         for view in (x, wide, torch.randn(1, 9).expand(6, 9), torch.randn(6, 9).flip(0)):
             torch.testing.assert_close(pruned(view), dense(view.contiguous()))
 
@@ -264,15 +279,17 @@ class TestPack:
     """The native backend's copy of the weight never outlives a change of the weight."""
 
     @pytest.fixture(autouse=True)
-    def _native(self) -> Iterator[None]:
+    def _inference(self) -> Iterator[None]:
         with torch.no_grad():
             yield
 
     @staticmethod
     def check(pruned: PrunedLinear) -> None:
         x = torch.randn(3, 9).to(pruned.weight.dtype)
-        exact = copy.deepcopy(pruned).double()(x.double())
-        assert_no_worse(pruned(x), reference_of(pruned, x), exact)
+        exact = reference_of(copy.deepcopy(pruned).double(), x.double())
+        # The layer's short way keeps a pack of its own, the op another one.
+        for y in (pruned(x), op_of(pruned, x)):
+            assert_no_worse(y, reference_of(pruned, x), exact)
 
     def test_in_place_change(self) -> None:
         _, pruned = example()
@@ -289,6 +306,68 @@ class TestPack:
         pruned.weight.grad = torch.ones_like(pruned.weight)
         torch.optim.SGD([pruned.weight], lr=1.0).step()
         self.check(pruned)
+
+    @pytest.mark.parametrize("how", ["fused", "foreach", "plain"])
+    def test_adamw_step(self, how: str) -> None:
+        """The fused step, Trainer's default, raises no version counter."""
+        _, pruned = example()
+        flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {}}[how]
+        optimizer = torch.optim.AdamW(pruned.parameters(), lr=1.0, **flags)
+        for _ in range(3):
+            self.check(pruned)
+            for parameter in pruned.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            self.check(pruned)
+
+    def test_trainer_evaluates_the_weight_of_the_step(self, tmp_path: Path) -> None:
+        from transformers import Trainer, TrainingArguments
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = PrunedLinear.from_linear(nn.Linear(9, 7), ROWS, COLUMNS)
+
+            def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+                y = self.layer(x)
+                if not torch.is_grad_enabled():
+                    torch.testing.assert_close(y, reference_of(self.layer, x))
+                return {"loss": F.mse_loss(y, labels), "logits": y}
+
+        data = [{"x": torch.randn(9), "labels": torch.randn(7)} for _ in range(8)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, eval_strategy="steps", eval_steps=1,
+            learning_rate=1.0, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        with torch.enable_grad():
+            Trainer(Model(), arguments, train_dataset=data, eval_dataset=data).train()
+
+    @pytest.mark.parametrize("how", ["cast", "meta", "replaced", "assigned"])
+    def test_the_old_weight_is_let_go(self, how: str) -> None:
+        _, pruned = example()
+        self.check(pruned)
+        entry = packing.entry(
+            pruned.weight, pruned.bias, pruned.rows, pruned.columns, pruned.out_features, 9
+        )
+        old = weakref.ref(entry.sources[0])  # type: ignore[arg-type]
+        del entry
+        assert old() is not None
+        x = torch.randn(3, 9)
+        if how == "cast":
+            pruned.to(torch.float64)
+        elif how == "meta":
+            pruned.to("meta")
+        elif how == "replaced":
+            pruned.weight = nn.Parameter(torch.randn(4, 5))
+            with torch.enable_grad():
+                pruned(x)
+        else:
+            pruned.load_state_dict(example()[1].state_dict(), assign=True)
+            with torch.enable_grad():
+                pruned(x)
+        gc.collect()
+        assert old() is None
 
     def test_load_state_dict(self) -> None:
         _, pruned = example()
@@ -334,10 +413,15 @@ class TestPack:
         with torch.inference_mode():
             x = torch.randn(3, 9)
             made = PrunedLinear.from_linear(nn.Linear(9, 7), ROWS, COLUMNS)
-            torch.testing.assert_close(made(x), reference_of(made, x))
-            torch.testing.assert_close(pruned(x), reference_of(pruned, x))
-            made.weight.neg_()  # no version counter tells of it
-            torch.testing.assert_close(made(x), reference_of(made, x))
+            for layer in (made, pruned):
+                for call in (layer, lambda t, layer=layer: op_of(layer, t)):
+                    torch.testing.assert_close(call(x), reference_of(layer, x))
+            bare = PrunedLinear.from_linear(nn.Linear(9, 7, bias=False))
+            for layer in (made, bare):
+                layer(x), op_of(layer, x)
+                layer.weight.neg_()  # no version counter tells of it
+                torch.testing.assert_close(layer(x), reference_of(layer, x))
+                torch.testing.assert_close(op_of(layer, x), reference_of(layer, x))
 
     def test_other_sizes_with_the_same_weight(self) -> None:
         _, pruned = example()
@@ -346,8 +430,6 @@ class TestPack:
             torch.testing.assert_close(pruned_linear(*args), reference.pruned_linear(*args))
 
     def test_the_pack_dies_with_the_layer(self) -> None:
-        from finegates.ops import packing
-
         before = len(packing._entries)
         layers = [example()[1] for _ in range(5)]
         for layer in layers:
@@ -355,6 +437,80 @@ class TestPack:
         del layers, layer
         gc.collect()
         assert len(packing._entries) == before
+
+
+def test_forward_of_every_kind_of_tracing_and_transform() -> None:
+    """Where the short way would miss something, the op or the reference has to answer."""
+    _, pruned = example()
+    x, t = torch.randn(3, 9), torch.randn(3, 9)
+    slope = reference.pruned_linear(t, pruned.weight, None, pruned.rows, pruned.columns, 7)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the shape check
+        expected = pruned(x)
+        torch.testing.assert_close(pruned(torch._neg_view(-x)), expected)
+        for function in (pruned, lambda x: op_of(pruned, x)):
+            torch.testing.assert_close(torch.vmap(function)(x), expected)
+            y, tangent = torch.func.jvp(function, (x,), (t,))
+            torch.testing.assert_close((y, tangent), (expected, slope))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, t)))
+            torch.testing.assert_close((dual.primal, dual.tangent), (expected, slope))
+        traced = torch.jit.trace(pruned, x)
+        torch.testing.assert_close(traced(t), reference_of(pruned, t))
+
+
+def test_batched_and_differentiated_weights() -> None:
+    _, pruned = example()
+    x = torch.randn(3, 9)
+    parameters = dict(pruned.named_parameters())
+    with torch.no_grad():
+        pruned(x)
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(pruned, parameters, (x,)).square().sum()
+
+        two = {name: torch.stack([p, 2.0 * p]) for name, p in parameters.items()}
+        torch.testing.assert_close(torch.vmap(loss)(two)[1], 4.0 * loss(parameters))
+        gradients = torch.func.grad(loss)(parameters)
+    pruned(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize("names", [["weight"], ["bias"], ["weight", "bias"]], ids=str)
+def test_parametrized(names: list[str]) -> None:
+    class Double(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2.0 * t
+
+    _, pruned = example()
+    x = torch.randn(3, 9)
+    with torch.no_grad():
+        pruned(x)
+        for name in names:
+            parametrize.register_parametrization(pruned, name, Double())
+        torch.testing.assert_close(pruned(x), reference_of(pruned, x))
+        assert pruned.double()(x.double()).dtype == torch.float64
+    assert "kept_rows=4" in repr(pruned)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "typo"])
+def test_a_layers_backend_is_never_ignored(backend: str) -> None:
+    """A layer that names a backend without a backward can't train; a context's wish gives way."""
+    _, pruned = example()
+    pruned.backend = backend
+    message = "backend must be one of" if backend == "typo" else "gradients are wanted and only"
+    with pytest.raises(ValueError, match=message):
+        pruned(torch.randn(3, 9))
+    pruned.backend = "torch"
+    pruned(torch.randn(3, 9)).sum().backward()
+
+
+def op_of(pruned: PrunedLinear, x: Tensor) -> Tensor:
+    return pruned_linear(
+        x, pruned.weight, pruned.bias, pruned.rows, pruned.columns, pruned.out_features
+    )
 
 
 def reference_of(pruned: PrunedLinear, x: Tensor) -> Tensor:
@@ -401,7 +557,7 @@ def test_compiles_to_one_graph(grad: bool, backend: str) -> None:
     dense, pruned = example()
     torch.compiler.reset()
     fast = torch.compile(pruned, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(grad), use_backend(backend):
+    with torch.set_grad_enabled(grad), asking(backend):
         for shape in ((5, 9), (2, 3, 9)):
             x = torch.randn(shape)
             torch.testing.assert_close(fast(x), dense(x))

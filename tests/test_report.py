@@ -114,9 +114,6 @@ def test_folder_size(tmp_path):
         reporting.folder_size(tmp_path / "a")
 
 
-# -- latency ---------------------------------------------------------------------------------------
-
-
 class Recorder(nn.Module):
     """Notes what holds while it runs, and takes a fixed time."""
 
@@ -213,8 +210,6 @@ def test_latency_names_bad_arguments(changes, message):
         latency(**arguments)
 
 
-# -- table, JSON, figure ---------------------------------------------------------------------------
-
 ROWS = (
     Row("dense, head + biases", 0.77, trainable=17_010, disk=91_000_000),
     Row("dense, fully tuned", 0.856, trainable=22_713_986, disk=91_000_000),
@@ -274,6 +269,15 @@ def test_report_json_is_versioned_and_atomic(tmp_path):
             reporting.write_report(path, Report(job, "accuracy", ROWS))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_score_that_is_nan_is_null(tmp_path):
+    nan = float("nan")
+    report = Report({}, "pearson", [Row("only", nan)], splits={"test": nan, "other": 0.5})
+    reporting.write_report(tmp_path / "report.json", report)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["rows"][0]["score"] is None
+    assert found["splits"] == {"test": None, "other": 0.5}
 
 
 @pytest.mark.parametrize(

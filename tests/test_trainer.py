@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,7 @@ def test_ungated_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_gate_count_of_roberta_base() -> None:
-    """FIELD.md: 165,888 independent gates on RoBERTa-base's six Linears a block."""
+    """165,888 independent gates on RoBERTa-base's six Linears a block."""
     with torch.device("meta"):
         model = build_meta("roberta", 12, hidden_size=768, heads=12, inner=3072)
     config = GateConfig(tie="none")
@@ -173,3 +175,14 @@ def build_meta(model_type: str, layers: int, hidden_size: int, heads: int, inner
 
 def test_hf_package_is_registered() -> None:
     assert finegates.hf.FineGatesQuantizer is not None
+
+
+def test_trainer_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, finegates.hf; light = 'finegates.hf.trainer' not in sys.modules;"
+        "from finegates.hf import GateCallback, GatedTrainer; print(light, GatedTrainer.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "finegates.hf.trainer"], done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = finegates.hf.Trainer

@@ -82,7 +82,7 @@ Unit = list[tuple[Side, list[int]]]
 
 
 def alive_by_definition(model: PreTrainedModel, is_open: dict[Side, Tensor]) -> dict[Side, Tensor]:
-    """Return per side which elements are alive: DESIGN §2.2 in loops over heads and features.
+    """Return per side which elements are alive: docs/method.md in loops over heads and features.
 
     It shares nothing with `finegates.surgery` but the names of modules.
 

@@ -11,9 +11,30 @@
 'BertModel'
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .checkpoint import load_gates, save_gates
 from .quantizer import FineGatesConfig, FineGatesQuantizer, register
 
+if TYPE_CHECKING:
+    from .trainer import GateCallback, GatedTrainer
+
 register()
 
-__all__ = ["FineGatesConfig", "FineGatesQuantizer", "load_gates", "save_gates"]
+__all__ = [
+    "FineGatesConfig",
+    "FineGatesQuantizer",
+    "GateCallback",
+    "GatedTrainer",
+    "load_gates",
+    "save_gates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Trainer, which brings accelerate and more, when it is first asked for."""
+    if name in ("GateCallback", "GatedTrainer"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

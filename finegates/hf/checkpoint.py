@@ -37,8 +37,8 @@ def save_gates(
 ) -> None:
     """Write the gates and the other trainable parameters of a gated model to a folder.
 
-    Tied gates are written once, under their first name. Both files appear complete or not at all:
-    they are written under temporary names and renamed.
+    Tied gates are written once, under their first name. Each file appears complete or not at all:
+    both are written under temporary names first, then renamed.
 
     Args:
         model: a model that `gate_` has gated.
@@ -135,7 +135,7 @@ def _write_together(files: dict[Path, bytes]) -> None:
 def _read_config(path: Path) -> GateConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     return gate_config_from(values, str(path))
 
@@ -165,6 +165,8 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> 
                 f"{path}: {name} must be a float tensor of shape {shape}, got {tensor.dtype} of "
                 f"shape {got}"
             )
+        if tensor.isnan().any():
+            raise ValueError(f"{path}: {name} holds NaN")
     stored = {id(parameters[name]) for name in tensors}
     for name, logits in _logits(model).items():
         if id(logits) not in stored:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -104,9 +103,7 @@ class FineGatesQuantizer(HfQuantizer):
 
     def _gate(self, model: PreTrainedModel, config: GateConfig) -> None:
         names = [_name_in(model, name) for name in config.modules or ()]
-        # The empty model is built under torch.device("meta"), where no activation can be probed.
-        with torch.device("cpu"):
-            gate_(model, replace(config, modules=tuple(names)))
+        gate_(model, replace(config, modules=tuple(names)))
         self.trainable = {
             name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
         }
@@ -127,6 +124,8 @@ class FineGatesQuantizer(HfQuantizer):
             # transformers marks what it has read; the rest is empty memory or a random draw.
             if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(f"{name} is missing from the checkpoint")
+            if tensor.isnan().any() and name.endswith("_gate.logits"):
+                raise ValueError(f"{name} of the checkpoint holds NaN")
         for name, layer in model.named_modules():
             if isinstance(layer, PrunedLinear):
                 _check_layer_indices(name, layer)

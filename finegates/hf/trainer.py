@@ -34,7 +34,11 @@ class GateCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Build the controller; a fresh run starts its schedule, a resumed one goes on."""
+        """Build the controller; a fresh run starts its schedule, a resumed one goes on.
+
+        Raises:
+            ValueError: the Trainer gave no model, or one without gates.
+        """
         if model is None:
             raise ValueError("model must be given by the Trainer, got None")
         self.controller = GateController(model, state.max_steps)
@@ -80,10 +84,17 @@ class GatedTrainer(Trainer):
 
     The logits form an optimizer group of their own with ``gate_learning_rate`` and no weight decay.
     Takes the arguments of `transformers.Trainer`; the model must have been through `gate_`.
+
+    Raises:
+        ValueError: fp16 without gradient clipping, which is what unscales the gradients in time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.fp16 and self.args.max_grad_norm == 0.0:
+            raise ValueError(
+                "max_grad_norm must be above 0 with fp16, got 0.0: gradients stay scaled otherwise"
+            )
         self.gate_callback = GateCallback()
         self.add_callback(self.gate_callback)
 
@@ -99,7 +110,7 @@ class GatedTrainer(Trainer):
             optimizer.add_param_group(
                 {
                     "params": [gate.logits for gate in gates],
-                    "lr": gates[0].config.gate_learning_rate,
+                    "lr": gates[0].config.logits_learning_rate,
                     "weight_decay": 0.0,
                 }
             )

@@ -8,14 +8,21 @@ from torch import Tensor, nn
 from ..config import GateConfig
 from ..gates import Gate
 from ..ops import INTERPRETED, gated_linear, gated_matmul
+from ..ops.checks import transformed
 
 
 class FusedGatedLinear(nn.Linear):
     """y = r ⊙ ((x ⊙ c) wᵀ + b) with learned gates r [N] on rows and c [K] on columns.
 
     State dict: ``weight``, ``bias`` (only if the base has one), ``row_gate.logits`` and
-    ``column_gate.logits`` (fp32, each only if ``config`` gates that side). With all gates open the
-    output is that of the plain Linear, bit for bit.
+    ``column_gate.logits`` (fp32, each only if ``config`` gates that side).
+
+    With all gates open the output is that of the plain Linear: on the torch backend bit for bit,
+    also for an x that is not contiguous. Not if x overlaps itself in memory other than by
+    ``expand`` of leading dimensions, or doesn't start at an address that is aligned as a fresh
+    tensor's: BLAS may sum in another order there. While the row gate is trained, the output is kept
+    for its gradient, so that an in-place operation may not follow (``nn.ReLU(inplace=True)``
+    raises in the backward).
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
@@ -70,7 +77,7 @@ class FusedGatedLinear(nn.Linear):
         Raises:
             ValueError: x's last dimension, dtype or device doesn't fit the weight's.
         """
-        if x.is_cuda or INTERPRETED:
+        if (x.is_cuda or INTERPRETED) and not transformed():
             return self._sample_in_kernel(x)
         return gated_linear(
             x,

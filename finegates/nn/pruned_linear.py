@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ class PrunedLinear(nn.Module):
 
     State dict: ``weight`` [n, k] and ``bias`` [n] compact, ``rows`` int32 [n] and ``columns``
     int32 [k] only where something was removed. The CPU kernels' packed copy of the weight is made
-    on first use and made again when the weight is replaced or written in place (writes through
-    ``.data`` go unseen); it is not saved.
+    on first use and made again when the weight is replaced or written in place, and after a step of
+    any optimizer (other writes through ``.data`` go unseen); it is not saved.
+
+    The CPU kernels run on GNU OpenMP, whose threads don't survive a fork: the child of a process
+    that has run them on several threads hangs. Start children by ``spawn``, or call
+    ``torch.set_num_threads(1)`` before forking.
 
     Args:
         in_features, out_features: K and N, as the neighbours see them.
@@ -165,17 +170,16 @@ class PrunedLinear(nn.Module):
         if self.backend == "auto":
             # Reading the dicts instead of the attributes saves 2 µs of nn.Module.__getattr__.
             parameters, buffers = self._parameters, self._buffers
-            y = self._eager(
-                x,
-                parameters["weight"],  # type: ignore[arg-type]
-                parameters["bias"],
-                buffers["rows"],
-                buffers["columns"],
-                self.out_features,
-                self.activation,
-            )
-            if y is not None:
-                return y
+            try:
+                operands = (
+                    parameters["weight"], parameters["bias"], buffers["rows"], buffers["columns"]
+                )  # fmt: skip
+            except KeyError:  # parametrized: an attribute computes it
+                pass
+            else:
+                y = self._eager(x, *operands, self.out_features, self.activation)  # type: ignore[arg-type]
+                if y is not None:
+                    return y
         return pruned_linear(
             x,
             self.weight,
@@ -186,6 +190,12 @@ class PrunedLinear(nn.Module):
             activation=self.activation,
             backend=self.backend,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedLinear:
+        """Let go of the pack when the weight moves: it keeps the old one alive."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._eager.forget(self.weight)
+        return self
 
     def extra_repr(self) -> str:
         """Return sizes and kept counts for `repr`."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import reference, schema
 from ._triton import INTERPRETED
-from .checks import autocasts, check_dtype, check_matrix, check_vector
-from .dispatch import table, use_backend
+from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
+from .dispatch import check_differentiable, table, use_backend
 from .sampled import gated_matmul, norm_gather, open_mass
 
 __all__ = [
@@ -36,7 +36,8 @@ def gated_linear(
     """y = r ⊙ ((x ⊙ c) wᵀ + b), with gradients to every operand and no extra saved activation.
 
     The row gate multiplies the bias too, so that a closed row is exactly 0. Under autocast the
-    operands are cast to its dtype, as ``F.linear`` does.
+    operands are cast to its dtype, as ``F.linear`` does. Where r gets a gradient y is kept for it,
+    so that y can't be changed in place then (autograd says so).
 
     Args:
         x (`Tensor` [..., K]): input, any leading shape.
@@ -68,6 +69,9 @@ def gated_linear(
     if c is not None:
         check_vector("c", c, w, 1)
         c = c.to(w.dtype)
+    if transformed():
+        check_differentiable("gated_linear", backend)
+        return reference.gated_linear(x, w, b, r, c)
     y: Tensor = schema.ops.gated_linear.default(x, w, b, r, c, closed_row_grad, backend)
     return y
 
@@ -86,9 +90,11 @@ def pruned_linear(
 ) -> Tensor:
     """y[..., rows] = act(x[..., columns] wᵀ + b), every other output exactly 0, plus the residual.
 
-    Differentiable in x, w, b and the residual: with gradients wanted it runs the reference, since
-    the native kernels are for inference. They pack w on first use, and again when an operand has
-    changed. Under autocast x is cast to its dtype and the weight keeps its own.
+    Differentiable in x, w, b and the residual: with gradients wanted, and under torch.func and
+    forward-mode AD, it runs the reference, since the kernels are for inference; naming another
+    backend raises then. The native kernels pack w on first use, and again when an operand has
+    changed or an optimizer has stepped. Under autocast x is cast to its dtype and the weight keeps
+    its own.
 
     Args:
         x (`Tensor` [..., K]): input, any leading shape.
@@ -104,7 +110,7 @@ def pruned_linear(
         `Tensor` [..., N] of x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the activation don't fit.
+        ValueError: shapes, dtypes, devices or the activation don't fit, or the backend can't serve.
     """
     out_features = w.shape[0] if out_features is None else out_features
     if autocasts(x):
@@ -123,9 +129,12 @@ def pruned_linear(
         raise ValueError(
             f"residual must have shape {(*x.shape[:-1], out_features)}, got {tuple(residual.shape)}"
         )
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w, b, residual)
+    if (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, w, b, residual))
+        or transformed()
     ):
+        check_differentiable("pruned_linear", backend)
         return reference.pruned_linear(x, w, b, rows, columns, out_features, activation, residual)
     y: Tensor = schema.ops.pruned_linear.default(
         x, w, b, rows, columns, out_features, activation, residual, backend

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _env
+from . import packing, reference
 
 # Read once: Triton itself reads the variable when it is imported.
 INTERPRETED = _env.triton_interpret()
@@ -60,11 +63,7 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
     reason = status()
     if reason is not None:
         return reason
-    if (
-        x.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device)[0] < 8
-    ):
+    if x.is_cuda and torch.version.hip is None and _capability(x.device) < 8:
         return "the kernels need compute capability 8.0 or later"
     launch = _kernels().launch
     if x.dtype not in launch.DTYPES:
@@ -81,6 +80,24 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run`` with the first tensor's GPU as the current one, where Triton launches."""
+
+    @functools.wraps(run)
+    def guarded(x: Tensor, *args: Any) -> Any:
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(x, *args)
+        with torch.cuda.device(x.device):
+            return run(x, *args)
+
+    return guarded
+
+
 def _same_dtype(x: Tensor, *others: Tensor | None) -> str | None:
     for tensor in others:
         if tensor is not None and tensor.dtype != x.dtype:
@@ -91,6 +108,11 @@ def _same_dtype(x: Tensor, *others: Tensor | None) -> str | None:
 def _flat(t: Tensor) -> Tensor:
     """Return t as a matrix, leading dimensions merged; copied only if strides ask for it."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _output(y: Tensor | None, dy: Tensor) -> Tensor:
+    """Return y as a matrix with dense rows; dy stands in for a y that isn't kept nor read."""
+    return _flat(dy) if y is None else _flat(y).contiguous()
 
 
 def _precision(x: Tensor) -> str:
@@ -106,6 +128,7 @@ def why_not(
     return _refusal(x, w, b, r, c) or _same_dtype(x, w, b)
 
 
+@_on_its_device
 def gated_linear(
     x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None
 ) -> Tensor:
@@ -122,6 +145,7 @@ def backward_why_not(dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, *_: Any
     return _refusal(x, dy, w, b) or _same_dtype(x, dy, w, b)
 
 
+@_on_its_device
 def gated_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -129,7 +153,7 @@ def gated_linear_backward(
     b: Tensor | None,
     r: Tensor | None,
     c: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     closed_row_grad: bool,
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -181,10 +205,10 @@ def _fold_wins(
 ) -> tuple[str | None, str | None]:
     """Return (why not fused, why not folded): exactly one of them is None."""
     if rows is not None or columns is not None:
-        return None, "a compact weight has no gates to fold"
+        return None, "the weight is compact or in another order"
     if closed_grad:
         return None, "closed gates get a gradient, which a folded weight has lost"
-    device = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    device = _capability(x.device) if x.is_cuda else 9
     m = x.numel() // max(x.shape[-1], 1)
     fused, folded = estimate(m, w.shape[0], w.shape[1], x.dtype, device)
     times = f"{1e6 * fused:.1f} µs fused, {1e6 * folded:.1f} µs folded (estimate)"
@@ -241,6 +265,7 @@ def _room(logits: Tensor | None, size: int) -> Tensor | None:
     return None if logits is None else logits.new_empty(size)
 
 
+@_on_its_device
 def gated_matmul_fused(
     x: Tensor,
     w: Tensor,
@@ -261,7 +286,7 @@ def gated_matmul_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample and multiply in one launch; a compact weight's gates are all open: none to sample."""
     kernels, none = _kernels(), x.new_empty(0, dtype=torch.float32)
-    if rows is not None or columns is not None:
+    if reference.is_compact(rows, columns, out_features, x.shape[-1]):
         gates, r, c = kernels.gated.Gates(), None, None
     else:
         gates = _sampled_gates(
@@ -276,6 +301,7 @@ def gated_matmul_fused(
     return y, none if r is None else r, none.clone() if c is None else c
 
 
+@_on_its_device
 def gated_matmul_fold(
     x: Tensor,
     w: Tensor,
@@ -305,6 +331,7 @@ def gated_matmul_fold(
     return y, none if r is None else r, none.clone() if c is None else c
 
 
+@_on_its_device
 def gated_matmul_backward_fused(
     dy: Tensor,
     x: Tensor,
@@ -315,7 +342,7 @@ def gated_matmul_backward_fused(
     noise: bool,
     rows: Tensor | None,
     columns: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     r: Tensor,
     c: Tensor,
     row_layout: list[int],
@@ -328,7 +355,7 @@ def gated_matmul_backward_fused(
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Run the backward kernels: two launches with a frozen weight, three with a trained one."""
-    compact = rows is not None or columns is not None
+    compact = reference.is_compact(rows, columns, dy.shape[-1], x.shape[-1])
     seed = x if noise else None  # only whether there was noise matters here
     gates = _sampled_gates(
         row_logits, column_logits, seed, row_layout, column_layout, distribution, shift, scale, beta
@@ -345,6 +372,7 @@ def _given(values: Tensor, logits: Tensor | None, compact: bool) -> Tensor | Non
     return None if logits is None or compact else values
 
 
+@_on_its_device
 def gated_matmul_backward_fold(
     dy: Tensor,
     x: Tensor,
@@ -355,7 +383,7 @@ def gated_matmul_backward_fold(
     noise: bool,
     rows: Tensor | None,
     columns: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     r: Tensor,
     c: Tensor,
     row_layout: list[int],
@@ -371,7 +399,7 @@ def gated_matmul_backward_fold(
     kernels = _kernels()
     row, column = _given(r, row_logits, False), _given(c, column_logits, False)
     wants_column = mask[4] and column is not None
-    dy2, x2, y2 = _flat(dy), _flat(x), _flat(y)
+    dy2, x2, y2 = _flat(dy), _flat(x), _output(y, dy)
     dx = dw = None
     if mask[0] or wants_column:
         folded, _ = kernels.fold.fold_fwd(w, None, row, column, _value_gates(w, row, column))
@@ -399,7 +427,7 @@ def _fused_gradients(
     b: Tensor | None,
     r: Tensor | None,
     c: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     gates: Any,
     rows: Tensor | None,
     columns: Tensor | None,
@@ -409,9 +437,7 @@ def _fused_gradients(
 ) -> tuple[Tensor | None, ...]:
     """dx, dw, db and both sides' gradients, by the fewest kernels that give what is wanted."""
     gated, precision = _kernels().gated, _precision(x)
-    dy2, x2, y2 = _flat(dy), _flat(x), _flat(y)
-    if y2.stride(1) != 1:
-        y2 = y2.contiguous()
+    dy2, x2, y2 = _flat(dy), _flat(x), _output(y, dy)
     wants_row = mask[3] and gates.row != "none"
     wants_column = mask[4] and gates.column != "none"
     wants_bias = mask[2] and b is not None
@@ -449,6 +475,7 @@ def pruned_why_not(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> str | 
     return _refusal(x, w, b, *rest[:2]) or _same_dtype(x, w, b, rest[4])
 
 
+@_on_its_device
 def pruned_linear(
     x: Tensor,
     w: Tensor,
@@ -461,6 +488,8 @@ def pruned_linear(
 ) -> Tensor:
     """Run gather, GEMM, bias, activation, residual and scatter in one launch (two for M > 64)."""
     kernels = _kernels()
+    if columns is not None:
+        w, columns = _aligned(w, columns)
     y: Tensor = kernels.gated.gated_matmul_fwd(
         _flat(x), w, b, None, None, kernels.gated.Gates(), rows, columns, out_features, activation,
         None if residual is None else _flat(residual).contiguous(), _precision(x),
@@ -468,11 +497,35 @@ def pruned_linear(
     return y.view(*x.shape[:-1], out_features)
 
 
+_aligned_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _aligned(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w with zero columns up to a multiple of 16, its last kept column repeated for them.
+
+    An odd row length would leave 2-byte loads where 16-byte ones are possible. The copy is made
+    once and lives as long as w; any change of w or columns makes it again.
+    """
+    spare = -w.shape[1] % 16
+    if spare == 0 or w.shape[1] == 0 or w.is_inference() or columns.is_inference():
+        return w, columns
+    state = packing.state(w, None, None, columns, w.shape[0], w.shape[1])
+    found = _aligned_weights.get(w)  # type: ignore[no-untyped-call]
+    if found is None or found[0] != state:
+        wide = F.pad(w.detach(), (0, spare))
+        index = torch.cat((columns, columns[-1:].expand(spare)))
+        # The aliases keep the storage alive: no other tensor can get its address.
+        found = (state, (w.detach(), columns.detach()), wide, index)
+        _aligned_weights[w] = found
+    return found[2], found[3]
+
+
 def norm_gather_why_not(x: Tensor, *rest: Any) -> str | None:
     """Return why `norm_gather` can't run on Triton, or None."""
     return _refusal(x, *rest[:3])
 
 
+@_on_its_device
 def norm_gather(
     x: Tensor,
     columns: Tensor,
@@ -493,6 +546,7 @@ def open_mass_why_not(logits: Tensor, *_: Any) -> str | None:
     )
 
 
+@_on_its_device
 def open_mass(
     logits: Tensor, offsets: Tensor, distribution: str, shift: float, scale: float
 ) -> Tensor:
@@ -508,6 +562,7 @@ def open_mass_backward_why_not(dout: Tensor, logits: Tensor, *_: Any) -> str | N
     return open_mass_why_not(logits)
 
 
+@_on_its_device
 def open_mass_backward(
     dout: Tensor, logits: Tensor, offsets: Tensor, distribution: str, shift: float, scale: float
 ) -> Tensor:

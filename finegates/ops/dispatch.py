@@ -2,7 +2,8 @@
 
 The request is the first of: the layer's own ``backend`` argument, the innermost `use_backend`
 context, ``FINEGATES_BACKEND``. ``auto`` takes the first implementation that can serve the call; a
-named backend that can't raises with its reason.
+named backend that can't raises with its reason. A context or the environment speaks to all ops at
+once, so those that have no such backend take ``auto``; a layer's own request for one raises.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ class Implementation:
         why_not: called with the op's arguments; a one-line reason, or None when it can serve.
         run: called with the op's arguments.
         status: called without arguments; why the backend can't serve any call here, or None.
+        variant: what tells two implementations of one backend apart, in `table` and in the log.
     """
 
     backend: str
     why_not: Callable[..., str | None]
     run: Callable[..., Any]
     status: Callable[[], str | None]
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """The backend, with its variant in parentheses."""
+        return f"{self.backend} ({self.variant})" if self.variant else self.backend
 
 
 def _never_refuses(*_: Any) -> None:
@@ -56,9 +64,17 @@ def _native_why_not(
     columns: Tensor | None,
     *_: object,
 ) -> str | None:
-    if any(t is not None and t.is_inference() for t in (w, b, rows, columns)):
+    return native_operands_why_not(w, b, rows, columns) or _cpu.why_not(x, w)
+
+
+def native_operands_why_not(*operands: Tensor | None) -> str | None:
+    """Return why w, b, rows and columns can't be packed for the native kernels, or None."""
+    present = [t for t in operands if t is not None]
+    if any(t.is_inference() for t in present):
         return "w, b, rows or columns was made in inference mode, where changes can't be seen"
-    return _cpu.why_not(x, w)
+    if any(t.is_neg() for t in present):
+        return "w or b is a negative view"
+    return None
 
 
 def _pruned_linear_native(
@@ -75,8 +91,10 @@ def _pruned_linear_native(
     return _cpu.pruned_linear(x, entry.packed, out_features, activation, residual)
 
 
-def _triton_entry(why_not: Callable[..., str | None], run: Callable[..., Any]) -> Implementation:
-    return Implementation("triton", why_not, run, _triton.status)
+def _triton_entry(
+    why_not: Callable[..., str | None], run: Callable[..., Any], variant: str = ""
+) -> Implementation:
+    return Implementation("triton", why_not, run, _triton.status, variant)
 
 
 # Of the two Triton entries of gated_matmul exactly one serves a call: by shape, see `_fold_wins`.
@@ -95,13 +113,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _torch(reference.gated_linear_backward),
     ),
     "gated_matmul": (
-        _triton_entry(_triton.fused_why_not, _triton.gated_matmul_fused),
-        _triton_entry(_triton.fold_why_not, _triton.gated_matmul_fold),
+        _triton_entry(_triton.fused_why_not, _triton.gated_matmul_fused, "fused"),
+        _triton_entry(_triton.fold_why_not, _triton.gated_matmul_fold, "folded"),
         _torch(reference.gated_matmul),
     ),
     "gated_matmul_backward": (
-        _triton_entry(_triton.fused_backward_why_not, _triton.gated_matmul_backward_fused),
-        _triton_entry(_triton.fold_backward_why_not, _triton.gated_matmul_backward_fold),
+        _triton_entry(_triton.fused_backward_why_not, _triton.gated_matmul_backward_fused, "fused"),
+        _triton_entry(_triton.fold_backward_why_not, _triton.gated_matmul_backward_fold, "folded"),
         _torch(reference.gated_matmul_backward),
     ),
     "norm_gather": (
@@ -121,7 +139,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Request a backend for every finegates op inside the block.
+    """Request a backend for every finegates op inside the block that has it; others take auto.
+
+    Where gradients are wanted of an op that only torch can differentiate (`pruned_linear`,
+    `norm_gather`), torch runs it.
 
     Args:
         name: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
@@ -134,8 +155,7 @@ def use_backend(name: str) -> Iterator[None]:
         ...     requested_backend("auto")
         'torch'
     """
-    if name not in _env.BACKENDS:
-        raise ValueError(f"backend must be one of {_env.BACKENDS}, got {name!r}")
+    _check_name(name)
     token = _requested.set(name)
     try:
         yield
@@ -143,8 +163,18 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def _check_name(backend: str) -> None:
+    if backend not in _env.BACKENDS:
+        raise ValueError(f"backend must be one of {_env.BACKENDS}, got {backend!r}")
+
+
 def requested_backend(layer: str) -> str:
-    """Return the backend asked for: the layer's, else the context's, else the environment's."""
+    """Return the backend asked for: the layer's, else the context's, else the environment's.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    _check_name(layer)
     if layer != "auto":
         return layer
     return _requested.get() or _env.backend()
@@ -153,6 +183,19 @@ def requested_backend(layer: str) -> str:
 def is_free() -> bool:
     """Return whether nobody asked for a backend or for the log, so that the fastest may serve."""
     return _requested.get() is None and _env.backend() == "auto" and not _env.log_dispatch()
+
+
+def check_differentiable(op: str, layer: str) -> None:
+    """Check the request of a call that only torch can differentiate, before the reference runs it.
+
+    Raises:
+        ValueError: the layer itself named another backend, or an unknown one.
+    """
+    _check_name(layer)
+    if layer not in ("auto", "torch"):
+        raise ValueError(
+            f"backend={layer!r} can't run {op}: gradients are wanted and only torch has a backward"
+        )
 
 
 def choose(op: str, layer: str, *args: Any) -> Implementation:
@@ -167,6 +210,8 @@ def choose(op: str, layer: str, *args: Any) -> Implementation:
         ValueError: a backend was named and can't serve the call; the message gives its reason.
     """
     wanted = requested_backend(layer)
+    if layer == "auto" and all(entry.backend != wanted for entry in TABLE[op]):
+        wanted = "auto"
     reasons = []
     for entry in TABLE[op]:
         if wanted not in ("auto", entry.backend):
@@ -174,16 +219,16 @@ def choose(op: str, layer: str, *args: Any) -> Implementation:
         reason = entry.why_not(*args)
         if reason is None:
             if _env.log_dispatch():
-                _log.info("%s: %s", op, entry.backend)
+                _log.info("%s: %s", op, entry.name)
             return entry
         reasons.append(reason)
         if _env.log_dispatch():
-            _log.info("%s: not %s, %s", op, entry.backend, reason)
+            _log.info("%s: not %s, %s", op, entry.name, reason)
     if reasons:
         raise ValueError(f"backend={wanted!r} can't run {op}: {'; '.join(reasons)}")
     raise ValueError(f"backend={wanted!r} has no implementation of {op}")
 
 
 def table() -> list[tuple[str, str, str | None]]:
-    """Return (op, backend, why it can't serve here or None) in order of preference."""
-    return [(op, entry.backend, entry.status()) for op, row in TABLE.items() for entry in row]
+    """Return (op, backend and variant, why it can't serve here or None) in order of preference."""
+    return [(op, entry.name, entry.status()) for op, row in TABLE.items() for entry in row]

@@ -6,12 +6,14 @@ The op stays the one definition; this is the shortest way to the same kernel for
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _native
 from . import _cpu, dispatch, packing
+from .checks import transforms_run
 
 _TYPES = (torch.float32, torch.bfloat16)
+_CLASSES = (Tensor, nn.Parameter)
 
 
 class EagerLinear:
@@ -41,14 +43,20 @@ class EagerLinear:
         """Return `pruned_linear`'s result, or None where the op has to decide.
 
         That is: other types than plain fp32 and bf16 CPU tensors, gradients wanted, autocast,
-        tracing, a named backend, or the log switched on.
+        tracing, torch.func and forward-mode AD, a named backend, or the log switched on. The pack
+        is let go then: whatever moved or replaced the weight, the old one isn't kept for good.
         """
+        if torch.compiler.is_compiling():
+            return None
         if (
-            torch.compiler.is_compiling()
-            or type(x) is not Tensor
+            type(x) is not Tensor
+            or type(w) not in _CLASSES
             or not x.is_cpu
             or x.dtype not in _TYPES
             or w.dtype is not x.dtype
+            or x.is_neg()
+            or transforms_run()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or _native._C is None
             or torch.is_autocast_enabled("cpu")
             or not dispatch.is_free()
@@ -56,15 +64,21 @@ class EagerLinear:
             and (x.requires_grad or w.requires_grad or b is not None and b.requires_grad)
             or w.is_inference()
         ):
+            self._entry = None
             return None
         entry = self._entry
         in_features = x.shape[-1]
         if entry is None or entry.state != packing.state(
             w, b, rows, columns, out_features, in_features
         ):
-            operands = (b, rows, columns)
-            if not w.is_cpu or any(t is not None and t.is_inference() for t in operands):
+            if not w.is_cpu or dispatch.native_operands_why_not(w, b, rows, columns) is not None:
+                self._entry = None
                 return None
             entry = packing.entry(w, b, rows, columns, out_features, in_features)
             self._entry = entry
         return _cpu.pruned_linear(x, entry.packed, out_features, activation)
+
+    def forget(self, w: Tensor) -> None:
+        """Let go of the layer's pack, and of the one that the op keeps for ``w``."""
+        self._entry = None
+        packing.forget(w)

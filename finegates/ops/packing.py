@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _cpu
@@ -14,7 +15,8 @@ class Entry(NamedTuple):
     """A packed weight and what it was packed from.
 
     The sources are aliases that keep their storage alive, so that an address can't come back with
-    other contents; with the version counters they tell any change, in place or by replacement.
+    other contents; with the version counters they tell any change, in place or by replacement. What
+    writes behind the version counters is told by `_steps`.
     """
 
     sources: tuple[Tensor | None, ...]
@@ -23,6 +25,16 @@ class Entry(NamedTuple):
 
 
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Steps of any optimizer: a fused one (Trainer's default AdamW) writes without raising `_version`.
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def entry(
@@ -35,8 +47,9 @@ def entry(
 ) -> Entry:
     """Return the packed operands, from the cache when they are unchanged.
 
-    An entry lives as long as the tensor ``w``; a change of any operand packs again. Operands made
-    in inference mode have no version counter: the caller must not bring them here.
+    An entry lives as long as the tensor ``w`` or until `forget`; a change of any operand packs
+    again, and so does a step of any optimizer. Operands made in inference mode have no version
+    counter: the caller must not bring them here.
 
     Raises:
         ValueError: as `_cpu.prepare` does.
@@ -51,6 +64,11 @@ def entry(
     return made
 
 
+def forget(w: Tensor) -> None:
+    """Drop the entry of ``w``, which has moved: the entry would keep the old data alive."""
+    _entries.pop(w, None)  # type: ignore[no-untyped-call]
+
+
 def state(
     w: Tensor,
     b: Tensor | None,
@@ -59,7 +77,7 @@ def state(
     out_features: int,
     in_features: int,
 ) -> tuple[object, ...]:
-    """Return what changes when an operand does: address and version counter of each, and sizes."""
+    """Return what changes when an operand does: addresses, versions, sizes, and `_steps`."""
     return (
         w.data_ptr(),
         w._version,
@@ -68,4 +86,5 @@ def state(
         columns is None or (columns.data_ptr(), columns._version),
         out_features,
         in_features,
+        _steps,
     )

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import transformed
+
+DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
 _WORD = 0xFFFFFFFF
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda t: t,
@@ -72,7 +75,7 @@ def normal(seed: Tensor, count: int) -> Tensor:
 def gated_linear(
     x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None
 ) -> Tensor:
-    """y = r ⊙ ((x ⊙ c) wᵀ + b); a missing gate is all ones.
+    """y = r ⊙ ((x ⊙ c) wᵀ + b); a missing gate is all ones, and so open gates change no bit.
 
     Args:
         x (`Tensor` [..., K]), w (`Tensor` [N, K]), b (`Tensor` [N]): operands of one dtype.
@@ -81,8 +84,27 @@ def gated_linear(
     Returns:
         `Tensor` [..., N].
     """
-    y = F.linear(x if c is None else x * c, w, b)
+    y = F.linear(x if c is None else _gated_input(x, c), w, b)
     return y if r is None else y * r
+
+
+def _gated_input(x: Tensor, c: Tensor) -> Tensor:
+    """x ⊙ c with the strides of x, by which ``F.linear`` and BLAS choose their order of summation.
+
+    Where elements of x share memory that is possible for expanded dimensions only.
+    """
+    if x.is_contiguous() or transformed():
+        return x * c
+    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    z = once * c
+    if z.shape == once.shape and z.stride() != once.stride():
+        reach = 0
+        for stride, size in sorted(zip(once.stride(), once.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                return x * c
+            reach += stride * (size - 1)
+        z = z.new_empty_strided(once.shape, once.stride()).copy_(z)
+    return z.expand(x.shape)
 
 
 def gated_linear_backward(
@@ -96,13 +118,14 @@ def gated_linear_backward(
     closed_row_grad: bool,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `gated_linear` without its pre-gate output (DESIGN §2.1).
+    """Gradients of `gated_linear` without its pre-gate output (docs/method.md, Gradients).
 
     With u = (dy ⊙ r) w:  dx = u ⊙ c,  dc = Σ x ⊙ u,  db = r ⊙ Σ dy,  dw = (dy ⊙ r)ᵀ (x ⊙ c), and
     dr = Σ dy ⊙ y / r where r ≠ 0. Rows with r = 0 have lost their pre-gate output: with
     ``closed_row_grad`` it is computed again for those rows alone, otherwise their dr is 0.
 
     Args:
+        y (`Tensor` [..., N]): the output; only dr reads it.
         mask: which of dx, dw, db, dr, dc are wanted; the others come back empty.
 
     Returns:
@@ -174,7 +197,25 @@ def gate(
     scale: float,
     beta: float,
 ) -> Tensor:
-    """The gates [size] of one side, fp32; `GateConfig.constants` gives shift, scale and beta.
+    """The gates [size] of one side, fp32: `unit_gate` of the unit that each feature belongs to.
+
+    Args:
+        layout: (span, width): feature i belongs to unit (i // span) width + i mod width.
+        size: number of features.
+    """
+    z = unit_gate(logits, seed, distribution, shift, scale, beta)
+    return z[unit_of(layout, size, logits.device)]
+
+
+def unit_gate(
+    logits: Tensor,
+    seed: Tensor | None,
+    distribution: str,
+    shift: float,
+    scale: float,
+    beta: float,
+) -> Tensor:
+    """The gates [units], fp32; `GateConfig.constants` gives shift, scale and beta.
 
     - ranking: 1[θ > 0]
     - gaussian: clamp(tanh θ + shift + scale ε, 0, 1)
@@ -185,8 +226,6 @@ def gate(
     Args:
         logits (`Tensor` fp32 [units]): θ.
         seed (`Tensor` int64 [1]): of the noise; None for the value without noise.
-        layout: (span, width): feature i belongs to unit (i // span) width + i mod width.
-        size: number of features.
     """
     if distribution == "ranking":
         z = logits.clamp(0.0, 1.0).ceil()  # keeps a NaN, which a comparison would hide
@@ -200,7 +239,7 @@ def gate(
             u = uniform(seed, logits.numel()).clamp(1e-6, 1.0 - 1e-6)
             s = (torch.logit(u) + logits) / beta
         z = torch.sigmoid(s) * scale + shift
-    return torch.clamp(z, 0.0, 1.0)[unit_of(layout, size, logits.device)]
+    return torch.clamp(z, 0.0, 1.0)
 
 
 def unit_of(layout: list[int], size: int, device: torch.device) -> Tensor:
@@ -245,13 +284,24 @@ def gate_logit_gradient(
     return torch.zeros_like(logits).index_add(0, unit, gradient)
 
 
+def open_probability(logits: Tensor, distribution: str, shift: float, scale: float) -> Tensor:
+    """P(z > 0) of each unit; `GateConfig.open_constants` gives shift and scale.
+
+    Φ((tanh θ + shift) / scale) for gaussian, sigmoid(θ - shift) for hard_concrete and 1[θ > 0] for
+    ranking.
+    """
+    if distribution == "gaussian":
+        p: Tensor = torch.special.ndtr((torch.tanh(logits) + shift) / scale)
+        return p
+    if distribution == "hard_concrete":
+        return torch.sigmoid(logits - shift)
+    return (logits > 0).to(logits.dtype)
+
+
 def open_mass(
     logits: Tensor, offsets: Tensor, distribution: str, shift: float, scale: float
 ) -> Tensor:
-    """Σ P(open) of each gate vector; vector s holds logits offsets[s] … offsets[s + 1] - 1.
-
-    P(open) = Φ((tanh θ + shift) / scale) for gaussian, sigmoid(θ - shift) for hard_concrete and
-    1[θ > 0] for ranking.
+    """Σ `open_probability` of each vector of gates; vector s starts at logits[offsets[s]].
 
     Args:
         logits (`Tensor` fp32 [U]): all gates of a model, one after the other.
@@ -260,12 +310,7 @@ def open_mass(
     Returns:
         `Tensor` fp32 [S].
     """
-    if distribution == "gaussian":
-        p = torch.special.ndtr((torch.tanh(logits) + shift) / scale)
-    elif distribution == "hard_concrete":
-        p = torch.sigmoid(logits - shift)
-    else:
-        p = (logits > 0).to(logits.dtype)
+    p = open_probability(logits, distribution, shift, scale)
     return torch.segment_reduce(p, "sum", offsets=offsets)
 
 
@@ -338,12 +383,14 @@ def gated_matmul(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gated_linear` with gates sampled from logits, or the compact Linear of open ranking gates.
 
+    ``rows`` and ``columns`` that keep every feature say in which order w and b hold them.
+
     Returns:
         y [..., N] and the gates r [N], c [K] in fp32; empty where a side has no logits, and for a
         compact weight.
     """
     r = c = None
-    if rows is not None or columns is not None:
+    if is_compact(rows, columns, out_features, x.shape[-1]):
         y = pruned_linear(x, w, b, rows, columns, out_features)
     else:
         keys = (None, None) if seed is None else (seed[:1], seed[1:])
@@ -352,13 +399,27 @@ def gated_matmul(
             r = gate(row_logits, keys[0], row_layout, out_features, *constants)
         if column_logits is not None:
             c = gate(column_logits, keys[1], column_layout, x.shape[-1], *constants)
-        y = gated_linear(x, w, b, _cast(r, w), _cast(c, w))
+        placed = x if columns is None else x[..., columns.long()]
+        y = gated_linear(placed, w, b, _cast(r, rows, w), _cast(c, columns, w))
+        y = _spread(y, rows, out_features)
     r, c = (x.new_empty(0, dtype=torch.float32) if z is None else z for z in (r, c))
     return y, r, c
 
 
-def _cast(z: Tensor | None, w: Tensor) -> Tensor | None:
-    return None if z is None else z.to(w.dtype)
+def is_compact(
+    rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
+) -> bool:
+    """Return whether an index map leaves features out, instead of only reordering them."""
+    return (rows is not None and rows.shape[0] != out_features) or (
+        columns is not None and columns.shape[0] != in_features
+    )
+
+
+def _cast(z: Tensor | None, index_map: Tensor | None, w: Tensor) -> Tensor | None:
+    """Return the gates of a side in w's order and dtype."""
+    if z is None:
+        return None
+    return (z if index_map is None else z[index_map.long()]).to(w.dtype)
 
 
 def gated_matmul_backward(
@@ -390,7 +451,7 @@ def gated_matmul_backward(
     Returns:
         dx, dw, db, drow_logits, dcolumn_logits; what ``mask`` doesn't want is empty.
     """
-    compact = rows is not None or columns is not None
+    compact = is_compact(rows, columns, dy.shape[-1], x.shape[-1])
     if compact:
         r, c = torch.ones(dy.shape[-1]), torch.ones(x.shape[-1])
         r, c = r.to(w.device), c.to(w.device)

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from . import dispatch, reference
-from .checks import autocasts, check_dtype, check_matrix, check_vector
+from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
+from .reference import DISTRIBUTIONS
 from .schema import _library as library
 from .schema import ops
 
-DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
 NORMS = ("none", "rms", "layer")
 
 library.define(
@@ -68,9 +69,12 @@ def gated_matmul(
     """y = r ⊙ ((x ⊙ c) wᵀ + b) with r and c sampled from logits inside the op.
 
     On a GPU one launch samples and multiplies; nothing but x and y is saved, besides the N + K gate
-    values themselves. Without ``seed`` the gates have their noise-free values.
+    values themselves. Without ``seed`` the gates have their noise-free values. y is saved only
+    where the row gate gets a gradient; it can't be changed in place then (autograd says so).
 
-    With ``rows`` or ``columns`` (ranking gates only) w is the compact weight of the open rows and
+    With ``rows`` and ``columns`` that keep everything in another order, w and b are in that order:
+    put closed gates last and tiles of them are not loaded, forward or backward, while the result is
+    the same. With fewer of them (ranking gates only) w is the compact weight of the open rows and
     columns: y[..., rows] = x[..., columns] wᵀ + b, the rest 0, and open gates get the
     straight-through gradient; neither pass touches what is closed.
 
@@ -82,7 +86,8 @@ def gated_matmul(
         distribution: ``"ranking"``, ``"gaussian"`` or ``"hard_concrete"``.
         constants: (shift, scale, beta), see `GateConfig.constants`.
         row_layout, column_layout: (span, width) of a tied side, see `reference.gate`.
-        rows, columns (`Tensor` int32, *optional*): sorted open features, None for all.
+        rows, columns (`Tensor` int32, *optional*): a permutation of the features, or the sorted
+            open ones; None for all in order.
         out_features: N where w is compact.
         closed_grad: ranking only, whether closed gates get a gradient.
         backend: see `use_backend`.
@@ -106,15 +111,21 @@ def gated_matmul(
         check_dtype("b", b, w)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-    if (rows is not None or columns is not None) and (distribution != "ranking" or closed_grad):
+    compact = reference.is_compact(rows, columns, n_out, x.shape[-1])
+    if compact and (distribution != "ranking" or closed_grad):
         raise ValueError(
-            "rows and columns fit ranking gates without closed_grad only, got "
+            "a compact weight fits ranking gates without closed_grad only, got "
             f"distribution={distribution!r}, closed_grad={closed_grad}"
         )
     if n_out < w.shape[0] or (rows is None and n_out != w.shape[0]):
         raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
-    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64):
-        raise ValueError(f"seed must be int64 [2], got {seed.dtype} {tuple(seed.shape)}")
+    if seed is not None and (
+        seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != x.device
+    ):
+        raise ValueError(
+            f"seed must be int64 [2] on {x.device}, got {seed.dtype} {tuple(seed.shape)} "
+            f"on {seed.device}"
+        )
     row_pair = _layout("row_logits", row_logits, row_layout, n_out, w)
     column_pair = _layout("column_logits", column_logits, column_layout, x.shape[-1], w)
     y: Tensor = ops.gated_matmul.default(
@@ -160,9 +171,12 @@ def norm_gather(
         raise ValueError(
             f"columns must be 1-D on {x.device}, got {tuple(columns.shape)} on {columns.device}"
         )
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
+    if (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        or transformed()
     ):
+        dispatch.check_differentiable("norm_gather", backend)
         return reference.norm_gather(x, columns, weight, bias, eps, norm)
     y: Tensor = ops.norm_gather.default(x, columns, weight, bias, eps, norm, backend)
     return y
@@ -178,6 +192,9 @@ def open_mass(
     backend: str = "auto",
 ) -> Tensor:
     """Expected open units of every gate vector of a model, in one launch whatever their number.
+
+    For vectors whose units die on their own. The controller's objectives don't use it: they need
+    the open probabilities themselves, since coupled units live and die together.
 
     Args:
         logits (`Tensor` fp32 [U]): ``torch.cat`` of all logits.
@@ -335,7 +352,7 @@ def _gated_matmul_fake(
     column_logits: Tensor | None, seed: Tensor | None, rows: Tensor | None,
     columns: Tensor | None, out_features: int, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    compact = rows is not None or columns is not None
+    compact = reference.is_compact(rows, columns, out_features, x.shape[-1])
     return (
         x.new_empty(*x.shape[:-1], out_features),
         _gate_room(x, row_logits, 0 if compact else out_features),
@@ -382,12 +399,16 @@ def _gated_matmul_context(
     y, r, c = output
     ctx.mark_non_differentiable(r, c)
     ctx.noise, ctx.constants = seed is not None, constants
-    ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, y, r, c)
+    kept = y if ctx.needs_input_grad[3] else None  # as in schema.py
+    ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, kept, r, c)
 
 
+# As in schema.py: a second derivative would lose terms silently.
+@once_differentiable
 def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, w, b, row_logits, column_logits, rows, columns, y, r, c = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
+    y = dy if y is None else y  # of y's shape; nobody reads it
     grads = ops.gated_matmul_backward(
         dy, x, w, b, row_logits, column_logits, ctx.noise, rows, columns, y, r, c,
         *ctx.constants, mask,
@@ -401,6 +422,7 @@ def _open_mass_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(logits, offsets)
 
 
+@once_differentiable
 def _open_mass_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     logits, offsets = ctx.saved_tensors
     dlogits = ops.open_mass_backward(dout.contiguous(), logits, offsets, *ctx.constants)

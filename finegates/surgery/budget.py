@@ -135,7 +135,7 @@ class GateMap:
         """
         resolved = {side: self._spread(side, _probability, 1.0) for side in self.sides()}
         for coupling in self.couplings:
-            algebra = ORDER if self._is_tied(coupling) else PROBABILITY
+            algebra = ORDER if self.is_tied(coupling) else PROBABILITY
             resolved.update(coupling.resolve(resolved, algebra))
         return resolved
 
@@ -202,7 +202,8 @@ class GateMap:
             gate.logits.sub_(shift)
         return self.removal()
 
-    def _is_tied(self, coupling: Coupling) -> bool:
+    def is_tied(self, coupling: Coupling) -> bool:
+        """Return whether one gate alone decides the coupling's units."""
         gates = [(side, self.gate(side)) for side in coupling.sides]
         present = [(side, gate) for side, gate in gates if gate is not None]
         return len({id(gate.logits) for _, gate in present}) == 1 and all(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..penalty import fraction_penalty, per_axis_penalty
+from ..penalty import fraction_penalty, fraction_penalty_of_masses
 from .budget import GateMap, Removal
 from .couplings import Side
+from .masses import layer_masses, own_means
 
 # Above zero, so that the gate is open, and far below any squared gradient.
 _NOTHING_SEEN = 1e-30
@@ -16,13 +17,18 @@ _NOTHING_SEEN = 1e-30
 class GateController:
     """Runs the schedule of a gated model: importance, budget and penalty, one step at a time.
 
-    Ranking gates. During the warm-up every gate is open and its logit holds the sum of its squared
-    gradients; the optimizer doesn't touch it. When the warm-up ends the logits become the log root
-    mean squared gradient, an importance whose differences survive any common shift. From then on
-    each step ends with a shift of all logits that closes exactly the target's share of parameters.
+    With the ``"fraction"`` objective every step after the warm-up ends with one shift of all logits
+    that closes exactly the target's share of the parameters, so that the end of training has
+    nothing left to harden. Before that shift:
 
-    Stochastic gates. Each step adds λ · ∂penalty/∂θ to the logits' gradients. The penalty doesn't
-    depend on data, so that it is added once per optimizer step, whatever the accumulation.
+    - ranking gates have been open during the warm-up, their logits holding the sum of their squared
+      gradients (as the optimizer would see them: clipped), which the optimizer doesn't touch. When
+      the warm-up ends the logits become the log root mean squared gradient, an importance whose
+      differences survive any common shift;
+    - stochastic gates get λ · ∂penalty/∂θ added to their logits' gradients. The penalty doesn't
+      depend on data, so that it is added once per optimizer step, whatever the accumulation.
+
+    With the authors' ``"per_axis"`` objective there is the penalty alone, and no shift.
 
     All state lives in the logits and the step number: a checkpoint of the model holds it.
 
@@ -55,8 +61,13 @@ class GateController:
         self.map = GateMap(model)
         self.config = next(iter(self.map.layers.values())).config
         self.total_steps = total_steps
+        # Both constant in launches, however many layers there are.
+        per_axis = self.config.objective == "per_axis"
+        self._means = own_means(self.map) if per_axis else None
+        self._masses = None if per_axis else layer_masses(self.map)
+        self._total = sum(layer.weight.numel() for layer in self.map.layers.values())
         self._ranking = self.config.distribution == "ranking"
-        self._warmup = max(1, round(self.config.warmup * total_steps)) if self._ranking else 0
+        self._warmup = max(1, round(self.config.warmup * total_steps))
 
     @property
     def logits(self) -> list[Tensor]:
@@ -77,15 +88,16 @@ class GateController:
         elif step < self._warmup:
             for logits in self.logits:
                 if logits.grad is not None:
-                    logits.data += logits.grad.square()
+                    # A step that overflowed in fp16 is skipped by the scaler, and so here.
+                    logits.data += torch.nan_to_num(logits.grad.square(), 0.0, 0.0, 0.0)
                     logits.grad = None
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Rank the units when the warm-up ends, and meet the step's budget from then on."""
-        if not self._ranking or step < self._warmup - 1:
+        if self.config.objective != "fraction" or step < self._warmup - 1:
             return
-        if step == self._warmup - 1:
+        if self._ranking and step == self._warmup - 1:
             for logits in self.logits:
                 logits.copy_(0.5 * torch.log(logits / self._warmup))
         self.map.project_(self.config.target((step + 1) / self.total_steps))
@@ -101,15 +113,10 @@ class GateController:
 
     def penalty(self, target: float) -> Tensor:
         """Return the stochastic objective at ``target`` (before λ), differentiable."""
-        if self.config.objective == "per_axis":
-            sides = {
-                side: gate.spread(gate.open_probability())
-                for side in self.map.sides()
-                if (gate := self.map.gate(side)) is not None
-            }
-            rows = [p for side, p in sides.items() if side.axis == "row"]
-            columns = [p for side, p in sides.items() if side.axis == "column"]
-            return per_axis_penalty(rows, columns, target)
+        if self._means is not None:
+            return (self._means() - (1.0 - target)).abs().mean()
+        if self._masses is not None:
+            return fraction_penalty_of_masses(self._masses().view(-1, 2), self._total, target)
         alive = self.map.open_probabilities()
         names = list(self.map.layers)
         rows = [alive[Side(name, "row")] for name in names]

@@ -1,4 +1,4 @@
-"""Which rows and columns can only die together, per architecture (DESIGN §2.2).
+"""Which rows and columns can only die together, per architecture (docs/method.md).
 
 A coupling joins a ``many`` side with ``ones`` sides over units (group g, width w):
 
@@ -245,4 +245,4 @@ def _only_linears(attention: nn.Module) -> bool:
 
 
 def _fixes_zero(activation: Any) -> bool:
-    return bool(activation(torch.zeros(1)) == 0)
+    return bool(activation(torch.zeros(1, device="cpu")) == 0)

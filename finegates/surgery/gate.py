@@ -1,7 +1,8 @@
-"""`gate_`: replace the selected Linears of a model by gated ones."""
+"""`gate_`: replace the selected Linears of a model by gated ones; `freeze_`: only its freezing."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -11,7 +12,7 @@ from torch import nn
 from ..config import GateConfig
 from ..gates import Gate
 from ..nn import FusedGatedLinear
-from .couplings import AXES, Architecture, Side, architecture_of
+from .couplings import Architecture, Side, architecture_of
 from .record import record_gated
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,8 +49,28 @@ def gate_(model: Model, config: GateConfig | None = None) -> Model:
         _tie(layers, architecture)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    _freeze(model, config, layers)
+    _freeze(model, config, names)
     record_gated(model, config, names)
+    return model
+
+
+def freeze_(model: Model, config: GateConfig | None = None) -> Model:
+    """Freeze what `gate_` freezes and put no gate in: its adaptation with nothing to remove.
+
+    Args:
+        model: a plain model.
+        config: as `gate_` takes it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as `gate_` does.
+    """
+    config = GateConfig() if config is None else config
+    if any(isinstance(module, FusedGatedLinear) for module in model.modules()):
+        raise ValueError("model is gated already; freeze_ works on plain Linears")
+    _freeze(model, config, select(model, config, architecture_of(model)))
     return model
 
 
@@ -72,7 +93,15 @@ def select(model: nn.Module, config: GateConfig, architecture: Architecture) -> 
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"modules: pattern {pattern!r} matches no nn.Linear of the model")
     names = [name for name in linears if _matches(name, config.modules)]
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
     for name in names:
+        others = places[model.get_submodule(name)][1:]
+        if others:
+            raise ValueError(
+                f"modules: {name!r} is the same layer as {others[0]!r}; give each place its own"
+            )
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             raise ValueError(
                 f"modules: {name!r} lies in an nn.TransformerEncoderLayer, whose fast path reads "
@@ -115,13 +144,18 @@ def _gate(layers: dict[str, FusedGatedLinear], side: Side) -> Gate | None:
     return None if layer is None else layer.gate(side.axis)
 
 
-def _freeze(model: nn.Module, config: GateConfig, layers: dict[str, FusedGatedLinear]) -> None:
+def _freeze(model: nn.Module, config: GateConfig, names: Iterable[str]) -> None:
+    parameters = [name for name, _ in model.named_parameters()]
+    for pattern in set(config.trainable) - set(GateConfig.trainable):
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            # Not an error: a checkpoint gated with its head also loads without it.
+            warnings.warn(f"trainable: {pattern!r} matches no parameter", stacklevel=3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_matches(name, config.trainable))
-    for layer in layers.values():
-        layer.weight.requires_grad_(config.train_weight)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(config.train_bias)
-        for gate in (layer.gate(axis) for axis in AXES):
-            if gate is not None:
-                gate.logits.requires_grad_(True)
+    for linear in map(model.get_submodule, names):
+        linear.weight.requires_grad_(config.train_weight)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(config.train_bias)
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.logits.requires_grad_(True)

@@ -92,6 +92,10 @@ def test_pruned_linear(m: int, maps: str, activation: str, dtype: torch.dtype) -
         (None, None),
     ):
         args = (x, w, b, rows_, columns_, n_out)
+        if columns_ is not None:
+            removed_columns = torch.ones(k_in, dtype=torch.bool)
+            removed_columns[columns_.long()] = False
+            x[..., removed_columns] = float("nan")
         y = pruned_linear(*args, activation=activation, residual=residual, backend="triton")
         wide = [None if t is None else t.double() for t in (w, b, residual)]
         exact = reference.pruned_linear(
@@ -102,6 +106,17 @@ def test_pruned_linear(m: int, maps: str, activation: str, dtype: torch.dtype) -
             removed = torch.ones(n_out, dtype=torch.bool)
             removed[rows_.long()] = False
             assert not y[..., removed].any()
+
+
+def test_aligned_copy_follows_the_weight() -> None:
+    columns = torch.tensor([0, 2, 3], dtype=torch.int32)
+    x, w = torch.randn(2, 5), torch.randn(4, 3)
+    for _ in range(2):
+        for backend in ("triton", "torch"):
+            y = pruned_linear(x, w, None, None, columns, backend=backend)
+            torch.testing.assert_close(y, x[:, columns.long()] @ w.t())
+        w.mul_(2.0)
+        columns[2] = 4
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
@@ -335,7 +350,7 @@ def test_refusals_have_reasons() -> None:
     args = (case.x, case.w, case.b, case.row_logits, case.column_logits, case.seed, *constants)
     index = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32)
     for changes, message in (
-        ({"rows": index}, "rows and columns fit ranking gates"),
+        ({"rows": index[:3], "out_features": 5}, "w's rows|must have shape"),
         ({"row_layout": (4, 2)}, "layout of row_logits must tile 5"),
         ({"out_features": 6}, "out_features must fit"),
     ):

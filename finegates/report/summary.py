@@ -1,0 +1,159 @@
+"""A run's rows as one table, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ._files import replacing
+from .counts import Kept
+from .timing import Timing, machine
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the main job's table.
+
+    Args:
+        model: its name, the key under which `latency` timed it.
+        score: the task's deciding metric, as a fraction.
+        trainable: parameters that were trained, gates included.
+        requested, removed: fraction of the gated weights; None where nothing is to be removed.
+        removed_of_model: fraction of the whole model's parameters.
+        disk: bytes of the saved folder.
+    """
+
+    model: str
+    score: float
+    trainable: int | None = None
+    requested: float | None = None
+    removed: float | None = None
+    removed_of_model: float | None = None
+    disk: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `write_report` writes.
+
+    Args:
+        job: the task, the model and the settings, JSON values only.
+        metric: the name of the rows' score.
+        rows, timings, layers: see their classes.
+        splits: the reloaded model's score on further labelled splits.
+    """
+
+    job: Mapping[str, Any]
+    metric: str
+    rows: Sequence[Row]
+    timings: Sequence[Timing] = ()
+    layers: Sequence[Kept] = ()
+    machine: Mapping[str, Any] = field(default_factory=machine)
+    splits: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, with the schema's version; a score that is NaN becomes null."""
+        return {
+            "version": REPORT_VERSION,
+            "job": dict(self.job),
+            "machine": dict(self.machine),
+            "metric": self.metric,
+            "rows": [{**asdict(row), "score": _or_none(row.score)} for row in self.rows],
+            "timings": [asdict(timing) for timing in self.timings],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "splits": {split: _or_none(score) for split, score in self.splits.items()},
+        }
+
+
+def _or_none(score: float) -> float | None:
+    return None if math.isnan(score) else score
+
+
+def table(report: Report) -> Any:
+    """Return the report as a ``rich`` table, a column per model; five models fit 80 columns."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn.add_column(no_wrap=True)
+    for row in report.rows:
+        drawn.add_column(row.model, justify="right", vertical="bottom")
+    for line in _lines(report):
+        drawn.add_row(*line)
+    return drawn
+
+
+def markdown(report: Report) -> str:
+    """Return the report as a Markdown table, a column per model."""
+    header = ["", *(row.model for row in report.rows)]
+    rule = ["---", *["---:"] * len(report.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *_lines(report)))
+
+
+def _lines(report: Report) -> list[list[str]]:
+    """Return the table's lines, each a title and a cell per model; lines without values drop."""
+
+    def line(title: str, value: Callable[[Row], float | None], form: Any) -> list[str]:
+        values = [value(row) for row in report.rows]
+        return [title, *("" if v is None else form(v) for v in values)]
+
+    lines = [
+        line(report.metric, lambda row: row.score, _percent),
+        line("gated weights, requested", lambda row: row.requested, _percent),
+        line("gated weights, removed", lambda row: row.removed, _percent),
+        line("whole model, removed", lambda row: row.removed_of_model, _percent),
+        line(
+            "trained parameters", lambda row: row.trainable, lambda v: _unit(v, ("", "k", "M", "G"))
+        ),
+        line("size on disk", lambda row: row.disk, lambda v: _unit(v, ("B", "kB", "MB", "GB"))),
+    ]
+    timed = {(t.model, t.inputs, t.threads): t for t in report.timings}
+    for inputs, threads in dict.fromkeys((t.inputs, t.threads) for t in report.timings):
+        found = {row.model: timed.get((row.model, inputs, threads)) for row in report.rows}
+        cells = [
+            ("", "") if t is None else (f"{_digits(t.median)} ms", f"{t.speedup:.2f}×")
+            for t in found.values()
+        ]
+        title = f"{inputs}, {threads} thread{'s' if threads > 1 else ''}"
+        lines.append([title, *(cell[0] for cell in cells)])
+        lines.append(["  speed-up", *(cell[1] for cell in cells)])
+    return [cells for cells in lines if any(cells[1:])]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _digits(value: float) -> str:
+    """Return a positive number with three significant digits, never fewer before the point."""
+    exponent = math.floor(math.log10(float(f"{value:.2e}"))) if value > 0 else 0
+    return f"{value:.{max(0, 2 - exponent)}f}"
+
+
+def _unit(value: float, units: Sequence[str]) -> str:
+    """Return the value in the fitting power of 1000."""
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    number = _digits(value) if power else f"{value:.0f}"
+    return f"{number} {units[power]}".strip()
+
+
+def write_report(path: str | os.PathLike[str], report: Report) -> None:
+    """Write the report as JSON; an interrupted write leaves the old file.
+
+    Raises:
+        ValueError: a value is not finite or no JSON.
+    """
+    try:
+        text = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"report: {error}") from None
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

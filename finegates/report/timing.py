@@ -1,0 +1,184 @@
+"""Latencies of models against each other, and the machine they were taken on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one model on one input at one number of threads.
+
+    Args:
+        model, inputs, threads: what was timed.
+        median, p10, p90: milliseconds.
+        speedup: the first model's time over this one's, median over the rounds.
+        rounds: how many times each model ran.
+    """
+
+    model: str
+    inputs: str
+    threads: int
+    median: float
+    p10: float
+    p90: float
+    speedup: float
+    rounds: int
+
+
+@torch.inference_mode()
+def latency(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Mapping[str, Tensor] | Tensor],
+    threads: Sequence[int] | None = None,
+    *,
+    seconds: float = 5.0,
+    warmup: int = 3,
+    min_rounds: int = 10,
+    max_rounds: int = 300,
+) -> list[Timing]:
+    """Time models against each other: same process, same inputs, interleaved.
+
+    A round runs every model once, starting with another one each time, so that drift of the
+    machine meets all alike. Models run in evaluation mode without gradients, and the garbage
+    collector is off while the clock runs.
+
+    Args:
+        models: the first one is the baseline of the speed-ups.
+        inputs: per label a tensor, or a mapping of keyword arguments.
+        threads: torch thread counts; None takes 1 and the current number.
+        seconds: time budget for every pair of input and thread count.
+        warmup: untimed runs of each model before.
+        min_rounds, max_rounds: bounds that go before the budget.
+
+    Returns:
+        One `Timing` per input, thread count and model.
+
+    Raises:
+        ValueError: there is no model or no input, or a number is below 1.
+
+    Example:
+        >>> models = {"wide": nn.Linear(64, 64), "narrow": nn.Linear(64, 8)}
+        >>> timings = latency(models, {"batch 1": torch.ones(1, 64)}, [1], seconds=0.01)
+        >>> [(t.model, t.inputs, t.threads) for t in timings]
+        [('wide', 'batch 1', 1), ('narrow', 'batch 1', 1)]
+    """
+    for argument, value in (("models", models), ("inputs", inputs)):
+        if not value:
+            raise ValueError(f"{argument} must not be empty")
+    counts = {"min_rounds": min_rounds, "max_rounds": max_rounds}
+    counts.update({} if threads is None else {"threads": min(threads, default=0)})
+    for argument, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{argument} must be at least 1, got {count}")
+    if threads is None:
+        threads = sorted({1, torch.get_num_threads()})
+    timings = []
+    with _measuring(models.values()):
+        for label, values in inputs.items():
+            calls = {name: _call(model, values) for name, model in models.items()}
+            for count in threads:
+                torch.set_num_threads(count)
+                times = _interleave(calls, seconds, warmup, min_rounds, max_rounds)
+                baseline = next(iter(times.values()))
+                timings += [
+                    _timing(name, label, count, series, baseline) for name, series in times.items()
+                ]
+    return timings
+
+
+@contextmanager
+def _measuring(models: Any) -> Iterator[None]:
+    """Evaluation mode, no garbage collection; restores both and the number of threads."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    threads, collecting = torch.get_num_threads(), gc.isenabled()
+    for module, _ in modes:
+        module.training = False
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for module, mode in modes:
+            module.training = mode
+        if collecting:
+            gc.enable()
+
+
+def _call(model: nn.Module, values: Mapping[str, Tensor] | Tensor) -> Callable[[], Any]:
+    tensors = [values] if isinstance(values, Tensor) else list(values.values())
+    cuda = any(tensor.is_cuda for tensor in tensors)
+
+    def call() -> None:
+        _ = model(values) if isinstance(values, Tensor) else model(**values)
+        if cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def _interleave(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, warmup: int, fewest: int, most: int
+) -> dict[str, list[float]]:
+    """Return each call's times in milliseconds, one per round."""
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    for round_ in range(max(fewest, most)):
+        if round_ >= fewest and time.perf_counter() >= end:
+            break
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter_ns()
+            calls[name]()
+            times[name].append((time.perf_counter_ns() - start) / 1e6)
+    return times
+
+
+def _timing(
+    model: str, inputs: str, threads: int, times: Sequence[float], baseline: Sequence[float]
+) -> Timing:
+    ranked = sorted(times)
+    p10, p90 = (ranked[math.floor(q * (len(ranked) - 1) + 0.5)] for q in (0.1, 0.9))
+    speedup = statistics.median(b / t for b, t in zip(baseline, times, strict=True))
+    return Timing(model, inputs, threads, statistics.median(times), p10, p90, speedup, len(times))
+
+
+def machine() -> dict[str, Any]:
+    """Return the facts that latencies depend on."""
+    return {
+        "cpu": cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"

@@ -1,0 +1,107 @@
+"""What a gated layer moves and launches, as functions of its sizes: the model behind the bars.
+
+`issued` bytes are what the programs ask for (mostly served by L2), `compulsory` bytes are the
+distinct ones, which come from memory at least once. tests/interpreter/test_traffic.py counts both.
+"""
+
+from typing import NamedTuple
+
+from .gate import CHUNK
+from .launch import Tile, cdiv
+
+
+class Traffic(NamedTuple):
+    """Bytes by argument of one kernel: issued loads, issued stores, distinct bytes."""
+
+    loads: dict[str, int]
+    stores: dict[str, int]
+    distinct: dict[str, int]
+
+    @property
+    def compulsory(self) -> int:
+        """Distinct bytes read or written."""
+        return sum(self.distinct.values())
+
+
+def forward(m: int, n: int, k: int, size: int, tile: Tile) -> Traffic:
+    """Return the traffic of the sampled forward with bias, both sides gated and open.
+
+    ``size`` is the bytes of an element of x; gates and logits have 4, the seeds 8.
+    """
+    tiles_m, tiles_n = cdiv(m, tile.m), cdiv(n, tile.n)
+    programs = tiles_m * tiles_n
+    loads = {
+        "x": tiles_n * m * k * size,
+        "w": tiles_m * n * k * size,
+        "b": tiles_m * n * size,
+        "row_logits": tiles_m * n * 4,
+        "column_logits": programs * k * 4,
+        "seed": programs * (1 + cdiv(k, CHUNK.value)) * 8,
+        "c": programs * k * 4,
+    }
+    stores = {"y": m * n * size, "r": n * 4, "c": programs * k * 4}
+    distinct = {
+        "x": m * k * size,
+        "w": n * k * size,
+        "b": n * size,
+        "row_logits": n * 4,
+        "column_logits": k * 4,
+        "seed": 16,
+        "y": m * n * size,
+        "r": n * 4,
+        "c": k * 4,
+    }
+    return Traffic(loads, stores, distinct)
+
+
+def backward(m: int, n: int, k: int, size: int, tile: Tile) -> Traffic:
+    """Return the traffic of the frozen weight's backward, first stage: dx and all sums."""
+    tiles_m, tiles_k = cdiv(m, tile.m), cdiv(k, tile.k)
+    programs = tiles_m * tiles_k
+    loads = {
+        "dy": (tiles_k + 1) * m * n * size,
+        "w": tiles_m * n * k * size,
+        "x": m * k * size,
+        "y": m * n * size,
+        "r": programs * 2 * n * 4,
+        "c": tiles_m * k * 4,
+    }
+    stores = {
+        "dx": m * k * size,
+        "dc": tiles_m * k * 4,
+        "dr": tiles_m * n * 4,
+        "db": tiles_m * n * 4,
+    }
+    distinct = {
+        **stores,
+        "dy": m * n * size,
+        "w": n * k * size,
+        "x": m * k * size,
+        "y": m * n * size,
+        "r": n * 4,
+        "c": k * 4,
+    }
+    return Traffic(loads, stores, distinct)
+
+
+def frozen(m: int, n: int, k: int, size: int) -> int:
+    """Return a frozen Linear's compulsory bytes: forward, backward to x and to the bias."""
+    return size * (2 * (m * k + n * k + m * n) + m * n + 2 * n)
+
+
+def naive_extra(m: int, n: int, k: int, size: int) -> int:
+    """Return what gating by elementwise passes adds: 6 M (K + N) elements.
+
+    x ⊙ c and its two gradients read or write x-sized tensors six times, r ⊙ y y-sized ones.
+    """
+    return 6 * m * (k + n) * size
+
+
+# Kernel launches of one layer's training step with a frozen weight. "seed" is torch.randint.
+LAUNCHES = {
+    "fused": {"forward": ("seed", "gated_matmul_fwd"), "backward": ("bwd_x", "bwd_gates")},
+    "fold": {
+        "forward": ("seed", "fold_fwd", "cublas"),
+        "backward": ("fold_fwd", "cublas", "fold_bwd", "bwd_gates"),
+    },
+}

@@ -1,0 +1,208 @@
+"""Loads, stores and launches counted in the interpreter, against kernels/traffic.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from finegates import FusedGatedLinear, GateConfig
+from finegates.kernels import launch, traffic
+from finegates.kernels.gated_matmul import (
+    _gated_matmul_fwd_kernel,
+    gated_matmul_bwd_x,
+    gated_matmul_fwd,
+)
+from finegates.ops import _triton
+from gated_case import make
+
+
+class Recorder:
+    """Bytes that the interpreter's programs load and store, by the tensor they belong to."""
+
+    def __init__(self) -> None:
+        self.accesses: list[tuple[str, np.ndarray, int]] = []
+        self.launches = 0
+
+    def note(self, kind: str, ptrs: Any, mask: Any) -> None:
+        width = np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty())).itemsize
+        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
+        self.accesses.append((kind, addresses.ravel(), width))
+
+    def by_tensor(self, tensors: dict[str, Tensor]) -> tuple[Counter[str], ...]:
+        """Return issued loads, issued stores and distinct bytes; an address outside all fails."""
+        totals = {"load": Counter[str](), "store": Counter[str]()}
+        touched: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
+        for kind, addresses, width in self.accesses:
+            placed = 0
+            for name, tensor in tensors.items():
+                start = tensor.data_ptr()
+                end = start + tensor.untyped_storage().nbytes()
+                inside = addresses[(addresses >= start) & (addresses < end)]
+                placed += len(inside)
+                if len(inside):
+                    totals[kind][name] += len(inside) * width
+                    touched[name].append(np.stack((inside, np.full_like(inside, width))))
+            assert placed == len(addresses), f"{kind} outside every tensor"
+        distinct = Counter[str]()
+        for name, parts in touched.items():
+            if parts:
+                addresses, widths = np.concatenate(parts, 1)
+                _, first = np.unique(addresses, return_index=True)
+                distinct[name] = int(widths[first].sum())
+        return totals["load"], totals["store"], distinct
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    record = Recorder()
+    builder = type(interpreter.interpreter_builder)
+    load, store = builder.create_masked_load, builder.create_masked_store
+    run = interpreter.GridExecutor.__call__
+
+    def recorded_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+        record.note("load", ptrs, mask)
+        return load(self, ptrs, mask, *rest, **kwargs)
+
+    def recorded_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        record.note("store", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        record.launches += 1
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(builder, "create_masked_load", recorded_load)
+    monkeypatch.setattr(builder, "create_masked_store", recorded_store)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    return record
+
+
+def open_case(m: int, n: int, k: int, dtype: torch.dtype) -> Any:
+    case = make(m, n, k, dtype)
+    case.row_logits.fill_(0.4)
+    case.column_logits.fill_(0.4)
+    return case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", [(64, 128, 192), (33, 70, 600), (1, 65, 64)], ids=str)
+def test_forward(shape: Any, dtype: torch.dtype, recorder: Recorder) -> None:
+    case = open_case(*shape, dtype)
+    m, n, k = shape
+    r, c = torch.zeros(n), torch.zeros(k)
+    gates = _triton._sampled_gates(
+        case.row_logits, case.column_logits, case.seed, case.row_layout, case.column_layout,
+        *case.constants[:-1],
+    )  # fmt: skip
+    y = gated_matmul_fwd(case.x, case.w, case.b, r, c, gates)
+    tile = launch.gemm_tile("fwd", case.x, m, n, k)
+    model = traffic.forward(m, n, k, dtype.itemsize, tile)
+    named = {"x": case.x, "w": case.w, "b": case.b, "row_logits": case.row_logits}
+    named |= {"column_logits": case.column_logits, "seed": case.seed, "y": y, "r": r, "c": c}
+    assert recorder.by_tensor(named) == model
+    assert recorder.launches == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", [(64, 128, 192), (33, 70, 65)], ids=str)
+def test_backward(shape: Any, dtype: torch.dtype, recorder: Recorder) -> None:
+    case = open_case(*shape, dtype)
+    m, n, k = shape
+    dy, y = torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
+    r, c = torch.full((n,), 0.5), torch.full((k,), 0.5)
+    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.w, case.x, y, r, c, (True,) * 4)
+    model = traffic.backward(m, n, k, dtype.itemsize, launch.gemm_tile("bwd_x", case.x, m, n, k))
+    named = {"dy": dy, "w": case.w, "x": case.x, "y": y, "r": r, "c": c}
+    named |= {"dx": dx, "dc": dc, "dr": dr, "db": db}
+    assert recorder.by_tensor(named) == model
+
+
+def test_closed_tiles_are_not_read(recorder: Recorder) -> None:
+    """Of 3 tiles of columns 2 are closed, of 2 tiles of rows 1: a sixth of x and of w is read."""
+    m, n, k = 64, 128, 192
+    case = open_case(m, n, k, torch.float32)
+    case.row_logits[64:], case.column_logits[64:] = -9.0, -9.0
+    y, r, c = _triton.gated_matmul_fused(*case.forward_args())
+    loads, _, _ = recorder.by_tensor(named := {**tensors_of(case), "y": y, "r": r, "c": c})
+    assert loads["x"] == 4 * m * 64
+    assert loads["w"] == (m // 32) * 4 * 64 * 64
+    recorder.accesses.clear()
+    dy = torch.randn(m, n)
+    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.w, case.x, y, r, c, (True,) * 4)
+    loads, _, _ = recorder.by_tensor({**named, "dy": dy, "dx": dx, "dc": dc, "dr": dr, "db": db})
+    assert loads["w"] == (m // 32) * 4 * 64 * 64
+    assert loads["x"] == 4 * m * 64
+
+
+def tensors_of(case: Any) -> dict[str, Tensor]:
+    names = ("x", "w", "b", "row_logits", "column_logits", "seed")
+    return {name: getattr(case, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "bar"),
+    [(16384, 2048, 2048, 0.11), (16384, 8192, 2048, 0.10), (16384, 11008, 4096, 0.10)],
+    ids=str,
+)
+def test_what_the_bars_leave_room_for(m: int, n: int, k: int, bar: float) -> None:
+    """An H100's step at 70 % of 989 TFLOP/s, and the gates' extra bytes at 3.35 TB/s on top."""
+    size, tile = 2, launch.Tile(128, 128, 128, 8, 3)
+    gated = traffic.forward(m, n, k, size, tile).compulsory
+    gated += traffic.backward(m, n, k, size, tile).compulsory
+    extra = gated - traffic.frozen(m, n, k, size)
+    assert extra < 0.4 * traffic.naive_extra(m, n, k, size)
+    assert extra / 3.35e12 < bar * 4.0 * m * n * k / (0.7 * 989e12)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_launches_of_a_step(frozen: bool, recorder: Recorder) -> None:
+    layer = FusedGatedLinear(70, 66, config=GateConfig(distribution="gaussian"))
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(5, 70, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton, "_fold_wins", lambda *_: (None, "a test wants it fused"))
+        layer(x).sum().backward()
+        assert recorder.launches == 1 + (2 if frozen else 3)
+        recorder.launches = 0
+        patch.setattr(_triton, "_fold_wins", lambda *_: ("a test wants it folded", None))
+        layer(x).sum().backward()
+    # Besides these, the matrix products of torch: forward, dx, and the trained weight's.
+    assert recorder.launches == 1 + (3 if frozen else 4)
+
+
+def test_offsets_are_64_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 rows 2²⁰ elements apart: addresses to 2³² elements, computed and not dereferenced."""
+    m, stride, lowest, highest = 4096, 2**20, [2**63], [0]
+    builder = type(interpreter.interpreter_builder)
+
+    def load(self: Any, ptrs: Any, mask: Any, other: Any, *_: Any, **__: Any) -> Any:
+        note(ptrs, mask)
+        kind = interpreter._get_np_dtype(ptrs.get_element_ty())
+        return interpreter.TensorHandle(np.zeros(ptrs.data.shape, kind), ptrs.get_element_ty())
+
+    def note(ptrs: Any, mask: Any) -> None:
+        addresses = ptrs.data[mask.data.astype(bool)].astype(np.uint64)
+        if addresses.size:
+            lowest[0] = min(lowest[0], int(addresses.min()))
+            highest[0] = max(highest[0], int(addresses.max()))
+
+    monkeypatch.setattr(builder, "create_masked_load", load)
+    monkeypatch.setattr(
+        builder, "create_masked_store", lambda self, ptrs, value, mask, *_: note(ptrs, mask)
+    )
+    x, w = torch.zeros(1, 8), torch.zeros(8, 8)
+    tile = launch.gemm_tile("fwd", x, m, 8, 8)
+    _gated_matmul_fwd_kernel[(m // tile.m,)](
+        x, w, None, None, x, None, None, None, None, None, None, None, m, 8, 8, 8,
+        stride, 1, 8, 1, stride, 0, 1, 1, 1, 1, 0.0, 1.0, 1.0,
+        ROW="none", COLUMN="none", ACTIVATION="none", GATHERED=False, PRECISION="ieee",
+        **launch.gemm_options(tile),
+    )  # fmt: skip
+    assert highest[0] - x.data_ptr() == 4 * ((m - 1) * stride + 7)
+    assert lowest[0] == min(x.data_ptr(), w.data_ptr())

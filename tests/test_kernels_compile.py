@@ -1,0 +1,139 @@
+"""Every kernel compiles for every target without a GPU, within the device's means.
+
+``kernels/resources.json`` holds the whole table; ``python -m finegates.kernels.compile`` compares
+all of it (five minutes of one core), a sample of it is compiled here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from finegates.kernels import compile as aot  # noqa: E402, needs triton
+from finegates.kernels.launch import DTYPES, FAMILIES, GEMM, gemm_tile  # noqa: E402
+
+ROWS = aot.committed_rows()
+JOBS = {job.key: job for job in aot.jobs()}
+# All of sm_90 in bf16, and every sixth row of the rest.
+SAMPLE = [
+    job
+    for position, job in enumerate(JOBS.values())
+    if (job.target == "sm_90" and job.dtype == "bf16") or position % 6 == 0
+]
+
+
+def is_gemm(key: str) -> bool:
+    return re.match(r"gated_matmul_(fwd|bwd_x|bwd_w|bwd_r)", key) is not None
+
+
+def test_the_committed_table_is_that_of_the_launch_table() -> None:
+    assert list(ROWS) == list(JOBS)
+
+
+@pytest.mark.parametrize("key", list(ROWS))
+def test_committed_row_is_within_the_devices_means(key: str) -> None:
+    row, job = ROWS[key], JOBS[key]
+    assert row["spills"] == 0
+    assert row["shared"] <= aot.TARGETS[job.target].shared
+    if job.target != "gfx942":
+        assert row["registers"] <= 255
+    if is_gemm(key) or key.startswith("fold"):
+        assert row["loads16"] > 0, "operands come in 16-byte loads"
+    if not is_gemm(key) or job.dtype == "fp32" and "[tf32]" not in key:
+        return
+    assert row["mma"] + row["wgmma"] > 0, "no tensor-core instruction"
+    output_rows = job.options["BLOCK_N" if "bwd_w" in key else "BLOCK_M"]
+    if job.target == "sm_90" and output_rows >= 64:
+        assert row["wgmma"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_code_is_the_committed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another Triton the numbers may move, the limits may not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    measured = aot.run(SAMPLE, processes=1)
+    if json.loads(aot.RESOURCES.read_text())["triton"] == triton.__version__:
+        assert measured == {job.key: ROWS[job.key] for job in SAMPLE}
+    for job in SAMPLE:
+        row = measured[job.key]
+        assert row["spills"] == 0, job.key
+        assert row["shared"] <= aot.TARGETS[job.target].shared, job.key
+
+
+# Sizes and strides of 1 become constants, absent tensors None, gates may have the operands' dtype.
+ONES = dict.fromkeys(("M", "N", "K", "N_out", "stride_xm", "stride_wn", "stride_ym"), 1)
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one token": ("gated_matmul_fwd[pruned]", {"M": 1}),
+    "1 x 1 x 1": ("gated_matmul_fwd[gaussian]", {**ONES, "row_span": 1, "row_width": 1}),
+    "1 x 1 x 1 backward": ("gated_matmul_bwd_x", {**ONES, "K_in": 1}),
+    "1 x 1 x 1 to w": ("gated_matmul_bwd_w", {**ONES, "K_in": 1}),
+    "sums only": ("gated_matmul_bwd_x", {"dx_ptr": None, "dc_ptr": None}),
+    "dx only": ("gated_matmul_bwd_x", {"dc_ptr": None, "dr_ptr": None, "db_ptr": None}),
+    "dw only": ("gated_matmul_bwd_w", {"dc_ptr": None, "dr_ptr": None, "db_ptr": None}),
+    "given values": (
+        "gated_matmul_bwd_gates[fused]",
+        {"DISTRIBUTION": "value", "row_logits_ptr": None, "column_logits_ptr": None},
+    ),
+    "compact": (
+        "gated_matmul_bwd_gates[fused]",
+        {"DISTRIBUTION": "ranking", "r_ptr": None, "c_ptr": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("gates", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_other_forms_compile(
+    form: str, gates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forms that the launchers use beside the table's; inner strides that are not 1 with bf16."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    name, changes = FORMS[form]
+    index = [variant.name for variant in aot.VARIANTS].index(name)
+    constants = {**aot.VARIANTS[index].constants, **changes}
+    if gates == "bf16":
+        for stride in ("stride_xk", "stride_wk", "stride_dyn"):
+            constants.pop(stride, None)
+        pointers = dict.fromkeys(("r_ptr", "c_ptr"), "bf16")
+        monkeypatch.setattr(aot, "POINTERS", {**aot.POINTERS, **pointers})
+    variants = list(aot.VARIANTS)
+    variants[index] = variants[index]._replace(constants=constants)
+    monkeypatch.setattr(aot, "VARIANTS", tuple(variants))
+    jobs = [job for job in JOBS.values() if job.variant == index and job.target == "sm_90"]
+    job = [job for job in jobs if job.dtype == "bf16"][-1]
+    assert aot.compile_job(job)["spills"] == 0
+
+
+def test_every_family_has_a_tile_for_every_kernel_and_dtype() -> None:
+    for (kernel, bits), families in GEMM.items():
+        assert set(families) == set(FAMILIES), (kernel, bits)
+        for tiles in families.values():
+            for tile in tiles:
+                for size in (tile.m, tile.n, tile.k):
+                    assert size >= 16
+                    assert size & (size - 1) == 0
+    assert {bits for _, bits in GEMM} == {dtype.itemsize * 8 for dtype in DTYPES}
+
+
+def test_the_tile_fits_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows take a low tile; a grid that can't fill the device takes the smallest."""
+    monkeypatch.setattr("finegates.kernels.launch.family", lambda device: "hopper")
+    monkeypatch.setattr("finegates.kernels.launch.processors", lambda device: 132)
+    x = torch.empty(0, dtype=torch.bfloat16)
+    tiles = {m: gemm_tile("fwd", x, m, 4096, 4096) for m in (1, 32, 16384)}
+    assert tiles[1].m == 16
+    assert tiles[16384][:3] == (128, 256, 64)
+    for kernel in ("fwd", "bwd_x", "bwd_w", "fwd_map", "bwd_x_map"):
+        for m in (0, 1, 7, 100, 4096):
+            tile = gemm_tile(kernel, x, m, 768, 768)
+            assert tile in GEMM[kernel, 16]["hopper"]
