@@ -38,7 +38,8 @@ ISA_FLAGS = {
     "kernel_avx2.cpp": "-mavx2 -mfma",
     "kernel_avx512.cpp": f"{AVX512} -Wno-uninitialized -Wno-maybe-uninitialized",
     "kernel_avx512bf16.cpp": (
-        f"{AVX512} -mavx512vbmi -mavx512vbmi2 -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized"
+        f"{AVX512} -mavx512vbmi -mavx512vbmi2 -mavx512bf16 "
+        "-Wno-uninitialized -Wno-maybe-uninitialized"
     ),
 }
 ARCH_SOURCES = {

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
+import harness
 import pytest
 import torch
 
@@ -16,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("finegates")
     group.addoption("--quick", action="store_true", help="a tenth of the grid, two minutes")
     group.addoption("--threads", default="1", help="thread counts, comma separated, or 'all'")
+    group.addoption(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: time of the calling thread, for one thread on a busy machine",
+    )
     group.addoption("--compiled", action="store_true", help="torch.compile with freezing as well")
 
 
@@ -55,8 +62,13 @@ def _inference(request: pytest.FixtureRequest) -> Iterator[None]:
     if not _native.available():
         pytest.skip(str(_native.reason()))
     before = torch.get_num_threads()
+    clock = request.config.getoption("--clock")
     if "threads" in request.fixturenames:
-        torch.set_num_threads(request.getfixturevalue("threads"))
+        threads = request.getfixturevalue("threads")
+        if clock == "cpu" and threads > 1:
+            pytest.fail("--clock cpu sees one thread only")
+        torch.set_num_threads(threads)
+    harness.clock = harness.CLOCKS[clock]
     with torch.inference_mode():
         yield
     torch.set_num_threads(before)
@@ -71,6 +83,7 @@ def cpu_name() -> str:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    machine_info["clock"] = config.getoption("--clock")
     machine_info["cpu_name"] = cpu_name()
     machine_info["isa"] = _native.isa()
     machine_info["torch"] = torch.__version__

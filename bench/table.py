@@ -74,9 +74,8 @@ def missed(rows: list[dict[str, Any]]) -> str:
 
 def report(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     by_group = {g: [r for r in rows if r["group"] == g] for g in {r["group"] for r in rows}}
-    parts = [
-        f"{machine['cpu_name']}, {machine['isa']}, torch {machine['torch']}, {REMOVED:.0%} removed"
-    ]
+    about = [machine[key] for key in ("cpu_name", "isa", "torch", "clock")]
+    parts = ["{}, {}, torch {}, {} time, {:.0%} removed".format(*about, REMOVED)]
     if cells := by_group.get("grid"):
         parts += [
             grid(cells, "dense_ratio", "times faster than dense F.linear, by M"),

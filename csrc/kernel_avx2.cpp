@@ -7,6 +7,21 @@
 namespace finegates {
 namespace {
 
+// For each 8 bits of a mask: where its set bits are, and how many lie below each.
+struct Order {
+  uint8_t compress[256][8], expand[256][8];
+  constexpr Order() : compress(), expand() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        expand[bits][i] = static_cast<uint8_t>(count);
+        if (bits >> i & 1) compress[bits][count++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+constexpr Order kOrder;
+
 struct Vec {
   static constexpr int kLanes = 8;
   static constexpr bool kHasDot = false;
@@ -58,28 +73,81 @@ struct Vec {
                         _mm256_and_ps(_mm256_castsi256_ps(top), _mm256_set1_ps(-0.0f)));
   }
 
+  // Only 8 lanes and no compress: a permutation looked up by 8 bits of the mask.
   template <class In>
   static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
+    for (; length >= kChunk; length -= kChunk, in += kChunk, ++masks) {
+      for (int half = 0; half < 2; ++half) {
+        const unsigned bits = *masks >> (8 * half) & 255;
+        const __m256i from = indices(kOrder.compress[bits]);
+        store(out, _mm256_permutevar8x32_ps(load8(in + 8 * half), from));
+        out += __builtin_popcount(bits);
+      }
+    }
     return gather_scalar(out, in, masks, length);
   }
+
   using Spread = ScalarSpread;
+  struct Chunk {
+    F half[2];
+  };
   static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
   static const float* load_panel(const float* c) { return c; }
-  static ScalarChunk expand(const float* panel, Spread spread) {
-    return expand_scalar(panel, spread);
+  static Chunk expand(const float* panel, Spread spread) {
+    const unsigned low = spread.mask & 255, high = spread.mask >> 8;
+    panel += spread.kept;
+    return {{expand8(panel, low), expand8(panel + __builtin_popcount(low), high)}};
   }
   template <class T>
-  static void write(T* y, const ScalarChunk& chunk, int valid) {
-    write_scalar(y, chunk, valid);
+  static void write(T* y, const Chunk& chunk, int valid) {
+    if (valid < kChunk) return write_scalar(y, spill(chunk), valid);
+    store8(y, chunk.half[0]);
+    store8(y + 8, chunk.half[1]);
   }
   template <class T>
-  static void write_pair(T* y, const ScalarChunk& a, const ScalarChunk& b, int valid) {
-    write_scalar(y, a, kChunk);
-    write_scalar(y + kChunk, b, valid);
+  static void write_pair(T* y, const Chunk& a, const Chunk& b, int valid) {
+    write(y, a, kChunk);
+    write(y + kChunk, b, valid);
   }
   template <class T>
-  static void add_write(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
-    add_write_scalar(y, chunk, residual, valid);
+  static void add_write(T* y, const Chunk& chunk, const T* residual, int valid) {
+    if (valid < kChunk) return add_write_scalar(y, spill(chunk), residual, valid);
+    store8(y, add(chunk.half[0], load8(residual)));
+    store8(y + 8, add(chunk.half[1], load8(residual + 8)));
+  }
+
+ private:
+  static __m256i indices(const uint8_t* eight) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+  }
+  static F expand8(const float* from, unsigned bits) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
+    const F kept = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lanes));
+    return _mm256_and_ps(kept, _mm256_permutevar8x32_ps(load(from), indices(kOrder.expand[bits])));
+  }
+  static F load8(const float* p) { return load(p); }
+  static F load8(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static void store8(float* p, F x) { store(p, x); }
+  static void store8(uint16_t* p, F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static ScalarChunk spill(const Chunk& chunk) {
+    ScalarChunk out;
+    store(out.value, chunk.half[0]);
+    store(out.value + 8, chunk.half[1]);
+    return out;
   }
 };
 

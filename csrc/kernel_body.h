@@ -5,15 +5,12 @@
 // For each panel of 32 outputs, for each K block, for each tile of rows: acc = x_block * w_block
 // in registers, then c += acc, the first block starting from the bias. A result is therefore one
 // fixed chain of operations, whatever the tile's shape, the batch or the thread.
+#include "kernel_epilogue.h"
 #include "kernels.h"
-
-#define FG_INLINE inline __attribute__((always_inline))
 
 namespace finegates {
 namespace {
 
-using F = Vec::F;
-constexpr int kPanelVecs = kPanel / Vec::kLanes;
 constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
 // How far ahead of its use a weight is asked for, bytes: about 900 cycles, less where several
 // panels stream at once and the bandwidth is the limit.
@@ -200,175 +197,6 @@ const Shapes& shapes_of(int64_t rows) {
       shapes<K, Vec::tile_rows(K) >= 14 ? 14 : 1>(),
   };
   return kTable[rows - 1];
-}
-
-// exp(x) for x in [-87, 88], 2 ulp: 2^n e^r with |r| <= ln(2) / 2.
-FG_INLINE F exp(F x) {
-  x = Vec::min(Vec::max(x, Vec::set(-87.0f)), Vec::set(88.0f));
-  const F shifted = Vec::fma(x, Vec::set(1.44269504f), Vec::set(12582912.0f));  // 1.5 * 2^23
-  const F n = Vec::sub(shifted, Vec::set(12582912.0f));
-  F r = Vec::fma(n, Vec::set(-0.693359375f), x);
-  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
-  F p = Vec::fma(Vec::set(1.98756915e-4f), r, Vec::set(1.39819995e-3f));
-  p = Vec::fma(p, r, Vec::set(8.33345191e-3f));
-  p = Vec::fma(p, r, Vec::set(4.16657963e-2f));
-  p = Vec::fma(p, r, Vec::set(1.66666655e-1f));
-  p = Vec::fma(p, r, Vec::set(5.00000012e-1f));
-  p = Vec::fma(p, Vec::mul(r, r), Vec::add(r, Vec::set(1.0f)));
-  return Vec::mul(p, Vec::power_of_two(shifted));
-}
-
-// x / (1 + exp(-s)); x is bounded below because exp() stops at e^88.
-FG_INLINE F times_sigmoid(F x, F s) {
-  x = Vec::max(Vec::set(-1e4f), x);
-  return Vec::div(x, Vec::add(Vec::set(1.0f), exp(Vec::sub(Vec::zero(), s))));
-}
-
-// max(x, 0) - |x| / 2 erfc(|x| / sqrt 2): no cancellation in the negative tail. erfc(z) is
-// exp(-z^2) times a polynomial in 1 / (1 + 0.4 z), least squares, absolute error 2e-10 in fp64.
-FG_INLINE F gelu(F x) {
-  const F a = Vec::min(Vec::abs(x), Vec::set(20.0f));
-  const F t = Vec::div(Vec::set(1.0f), Vec::fma(a, Vec::set(0.4f * 0.70710678f), Vec::set(1.0f)));
-  F q = Vec::fma(Vec::set(0.07794789f), t, Vec::set(-0.41015667f));
-  q = Vec::fma(q, t, Vec::set(0.71093166f));
-  q = Vec::fma(q, t, Vec::set(-0.39605272f));
-  q = Vec::fma(q, t, Vec::set(0.4169545f));
-  q = Vec::fma(q, t, Vec::set(0.13970287f));
-  q = Vec::fma(q, t, Vec::set(0.23553653f));
-  q = Vec::fma(q, t, Vec::set(0.22513595f));
-  const F e = Vec::mul(Vec::mul(q, t), exp(Vec::mul(Vec::mul(a, a), Vec::set(-0.5f))));
-  return Vec::fma(Vec::mul(a, Vec::set(-0.5f)), e, Vec::max(Vec::zero(), x));
-}
-
-FG_INLINE F gelu_tanh(F x) {
-  const F cube = Vec::mul(Vec::mul(x, x), Vec::mul(x, Vec::set(0.044715f)));
-  return times_sigmoid(x, Vec::mul(Vec::add(x, cube), Vec::set(1.59576912f)));
-}
-
-template <Activation A>
-void activate(float* c, int64_t rows, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int v = 0; v < kPanelVecs; ++v) {
-      float* at = c + r * stride + v * Vec::kLanes;
-      const F x = Vec::load(at);
-      if constexpr (A == Activation::kGelu) Vec::store(at, gelu(x));
-      if constexpr (A == Activation::kGeluTanh) Vec::store(at, gelu_tanh(x));
-      if constexpr (A == Activation::kSilu) Vec::store(at, times_sigmoid(x, x));
-      if constexpr (A == Activation::kRelu) Vec::store(at, Vec::max(Vec::zero(), x));
-    }
-  }
-}
-
-void activate(Activation activation, float* c, int64_t rows, int64_t stride) {
-  switch (activation) {
-    case Activation::kNone:
-      return;
-    case Activation::kGelu:
-      return activate<Activation::kGelu>(c, rows, stride);
-    case Activation::kGeluTanh:
-      return activate<Activation::kGeluTanh>(c, rows, stride);
-    case Activation::kSilu:
-      return activate<Activation::kSilu>(c, rows, stride);
-    case Activation::kRelu:
-      return activate<Activation::kRelu>(c, rows, stride);
-  }
-}
-
-// C consecutive chunks of y for all rows of a tile; the last one may be cut short.
-template <class T, int C>
-void scatter_chunks(const Call& call, int64_t at, int64_t rows, const float* c, int64_t c_stride,
-                    const Vec::Spread* spreads, int last_valid) {
-  Vec::Spread spread[C];
-  for (int i = 0; i < C; ++i) spread[i] = spreads[i];
-  T* y = reinterpret_cast<T*>(call.y + at);
-  const T* residual = call.residual ? reinterpret_cast<const T*>(call.residual + at) : nullptr;
-  const int64_t y_stride = call.y_stride / static_cast<int64_t>(sizeof(T));
-  for (int64_t r = 0; r < rows; ++r, c += c_stride, y += y_stride) {
-    const auto panel = Vec::load_panel(c);
-    if (residual == nullptr) {
-#pragma GCC unroll 4
-      for (int i = 0; i + 1 < C; i += 2) {
-        Vec::write_pair(y + i * kChunk, Vec::expand(panel, spread[i]),
-                        Vec::expand(panel, spread[i + 1]), i + 2 == C ? last_valid : kChunk);
-      }
-      if (C % 2 == 1) {
-        Vec::write(y + (C - 1) * kChunk, Vec::expand(panel, spread[C - 1]), last_valid);
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < C; ++i) {
-        Vec::add_write(y + i * kChunk, Vec::expand(panel, spread[i]), residual + i * kChunk,
-                       i + 1 == C ? last_valid : kChunk);
-      }
-      residual += y_stride;
-    }
-  }
-}
-
-// Expands one panel's results into its range of y: zeros (or the residual) between kept rows.
-// `limit` is where the caller's last panel ends: up to there a store may run past this panel's
-// range, because the next panel writes later.
-template <class T>
-void scatter(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
-             const float* c, int64_t c_stride) {
-  const Packed& p = call.layer;
-  const Segment& segment = p.row_segments[panel];
-  const uint32_t chunks = p.row_segments[panel + 1].chunk - segment.chunk;
-  int64_t column = segment.start;
-  int kept = 0;
-  for (uint32_t done = 0; done < chunks;) {
-    Vec::Spread spreads[4];
-    const int count = chunks - done < 4 ? static_cast<int>(chunks - done) : 4;
-    for (int i = 0; i < count; ++i) {
-      const unsigned mask = p.row_masks[segment.chunk + done + i];
-      spreads[i] = Vec::spread(mask, kept);
-      kept += __builtin_popcount(mask);
-    }
-    const int64_t at = first_row * call.y_stride + column * static_cast<int64_t>(sizeof(T));
-    column += count * kChunk;
-    const int valid = column > limit ? static_cast<int>(kChunk - (column - limit)) : kChunk;
-    constexpr decltype(&scatter_chunks<T, 1>) kScatter[] = {
-        scatter_chunks<T, 1>, scatter_chunks<T, 2>, scatter_chunks<T, 3>, scatter_chunks<T, 4>};
-    kScatter[count - 1](call, at, rows, c, c_stride, spreads, valid);
-    done += count;
-  }
-}
-
-// c *= up
-void multiply_by(const float* up, float* c, int64_t rows, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int v = 0; v < kPanelVecs; ++v) {
-      const int64_t at = r * stride + v * Vec::kLanes;
-      Vec::store(c + at, Vec::mul(Vec::load(c + at), Vec::load(up + at)));
-    }
-  }
-}
-
-// c = c * scale + bias, of int8 weights.
-void rescale(const Packed& p, int64_t panel, float* c, int64_t rows, int64_t stride) {
-  for (int v = 0; v < kPanelVecs; ++v) {
-    const int64_t at = panel * kPanel + v * Vec::kLanes;
-    const F scale = Vec::load(p.scale + at), bias = Vec::load(p.bias + at);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* value = c + r * stride + v * Vec::kLanes;
-      Vec::store(value, Vec::fma(Vec::load(value), scale, bias));
-    }
-  }
-}
-
-void finish(const Call& call, int64_t first_row, int64_t rows, int64_t panel, int64_t limit,
-            float* c, int64_t c_stride, float* up) {
-  if (call.layer.scale != nullptr) {
-    rescale(call.layer, panel, c, rows, c_stride);
-    if (call.pair) rescale(call.up, panel, up, rows, c_stride);
-  }
-  activate(call.activation, c, rows, c_stride);
-  if (call.pair) multiply_by(up, c, rows, c_stride);
-  if (call.type == Type::kF32) {
-    scatter<float>(call, first_row, rows, panel, limit, c, c_stride);
-  } else {
-    scatter<uint16_t>(call, first_row, rows, panel, limit, c, c_stride);
-  }
 }
 
 // `group` whole panels, or `vecs` vectors of one panel.

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -443,6 +445,58 @@ def test_shares_torch_openmp() -> None:
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
     assert len(runtimes) == 1
+
+
+def test_torch_thread_count_reaches_new_python_threads() -> None:
+    omp = ctypes.CDLL("libgomp.so.1")
+    layer, x = Layer(64, 64), random(1, 64)
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def call() -> None:
+        layer.run(x)
+        seen.append(omp.omp_get_max_threads())
+
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("threads", [1, 2], ids=["serial", "parallel"])
+def test_many_python_threads(threads: int) -> None:
+    """Eight Python threads, 10,000 calls of mixed sizes: bitwise what one thread computes."""
+    layers = [Layer(300, 200, 233, 151, BF16), Layer(70, 900, 51, 701), Layer(33, 17, 5, 9)]
+    work = []
+    for layer in layers:
+        for m in (1, 3, 20):
+            x = random(m, layer.in_features, dtype=layer.weight.dtype)
+            work.append((layer, x, layer.run(x, "silu")))
+    wrong: list[int] = []
+
+    def call(seed: int) -> None:
+        # Teams of two on two cores wait for each other: fewer calls tell as much.
+        for i in range(1250 if threads == 1 else 125):
+            layer, x, want = work[(seed * 7 + i) % len(work)]
+            if not torch.equal(layer.run(x, "silu"), want):
+                wrong.append(i)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pool = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert wrong == []
 
 
 @pytest.mark.skipif("FINEGATES_MAX_ISA" in os.environ, reason="this is a forced run already")

