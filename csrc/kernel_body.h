@@ -25,6 +25,7 @@ struct TileArgs {
   size_t panel_bytes;
   int64_t units;
   int64_t panel_units;  // from w to the end of the panel
+  const uint8_t* next;  // weights to bring into L2 meanwhile, 64 bytes a unit
   float* c;
   int64_t c_stride;
   const float* addend;  // c itself, or the bias with stride 0 in the first K block
@@ -115,6 +116,7 @@ void tile(const TileArgs& t) {
   }
   const uint8_t* a = t.a;
   const uint8_t* w = t.w;
+  const uint8_t* next = t.next;
   // Near the end of a panel, panels that stream at once look ahead into the next group: what
   // follows each of them in memory is the next of themselves.
   int64_t ahead = ahead_of(MR, NP);
@@ -129,7 +131,9 @@ void tile(const TileArgs& t) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
+        if (NP == 1 && MR > 6) __builtin_prefetch(next + i * 64, 0, 2);
       }
+      next += 4 * 64;
       a += 4 * kStep;
       w += 4 * kUnitBytes;
     }
@@ -250,6 +254,13 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
         const int vecs = group > 1 || outputs >= kPanel
                              ? kPanelVecs
                              : static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
+        // The block that comes after this one: the first two tiles bring half of it each, so that
+        // memory is read throughout, not only under the first tile of every block.
+        const bool last_q = q + group >= span;
+        const int64_t next_panel = last_q ? (last_block ? panel + span : panel) : panel + q + 1;
+        const int64_t next_unit = !last_q ? first_unit : last_block ? 0 : end_unit;
+        const uint8_t* const next =
+            p.panels + next_panel * static_cast<int64_t>(p.panel_bytes) + next_unit * kUnitBytes;
         int64_t tile_row = 0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t tile_rows = (rows - tile_row) / (tiles - t);
@@ -267,6 +278,9 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
               args.panel_bytes = p.panel_bytes;
               args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
               args.panel_units = all_units - unit;
+              args.next = tiles > 1 && t < 2 && half == 0
+                              ? next + (unit - first_unit) * kUnitBytes + t * args.units * 64
+                              : args.w;
               args.c = half_c;
               args.c_stride = c_stride;
               const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;

@@ -103,41 +103,81 @@ struct Case {
   int64_t n, k, out, in, m, stride;
   Type weight_type, type;
   Activation activation;
-  bool has_rows, has_columns, has_bias, has_residual;
+  bool has_rows, has_columns, has_bias, has_residual, pair;
   std::vector<int32_t> rows, columns;
-  std::vector<float> weight, bias;
+  std::vector<float> weight[2], bias[2];  // of the layer, and of the second of a gated pair
   std::unique_ptr<Bytes> x, residual;
-  Buffer packed;
+  Buffer packed, up;
   size_t packed_size;
 
   LinearArgs args(void* y) const {
-    return {packed.get(), packed_size, x->data, m,   in,
-            stride,       type,        y,       out, has_residual ? residual->data : nullptr,
-            activation};
+    return {packed.get(),
+            packed_size,
+            x->data,
+            m,
+            in,
+            stride,
+            type,
+            y,
+            out,
+            has_residual ? residual->data : nullptr,
+            activation,
+            pair ? up.get() : nullptr,
+            pair ? packed_size : 0};
   }
 };
 
+// Packs random weights and checks that they come back; the values go to weight and bias.
+Buffer pack_random(const LayerShape& shape, Random& random, std::vector<float>& weight,
+                   std::vector<float>& bias, size_t* size) {
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  const int64_t count = shape.rows * shape.columns;
+  const size_t bytes = count * type_bytes(shape.type);
+  Bytes raw(bytes, 0), back(bytes, 0);
+  std::vector<float> scale;
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    bias.push_back(shape.has_bias ? uniform(random) : 0.0f);
+    scale.push_back(std::fabs(uniform(random)) / 127);
+    for (int64_t i = r * shape.columns; i < (r + 1) * shape.columns; ++i) {
+      if (shape.type == Type::kI8) {
+        const int64_t q = draw(random, -127, 127);
+        raw.data[i] = static_cast<uint8_t>(q);
+        weight.push_back(static_cast<float>(q) * scale[r]);
+      } else {
+        put(raw.data, shape.type, i, uniform(random));
+        weight.push_back(get(raw.data, shape.type, i));
+      }
+    }
+  }
+  *size = packed_bytes(shape);
+  Buffer packed(static_cast<uint8_t*>(std::aligned_alloc(64, (*size + 63) / 64 * 64)));
+  pack(shape, raw.data, bias.data(), scale.data(), packed.get(), *size);
+  unpack_weight(view(packed.get(), *size), back.data);
+  if (bytes > 0 && std::memcmp(back.data, raw.data, bytes)) die("unpacked weight differs");
+  return packed;
+}
+
 Case make_case(Random& random) {
   Case c;
-  const int64_t most = draw(random, 0, 9) == 0 ? 1500 : 130;
+  const int64_t most = draw(random, 0, 9) == 0 ? 1700 : 130;
   c.out = draw(random, 0, most), c.in = draw(random, 0, most);
   c.has_rows = draw(random, 0, 3) > 0, c.has_columns = draw(random, 0, 3) > 0;
   c.n = c.has_rows ? draw(random, 0, c.out) : c.out;
   c.k = c.has_columns ? draw(random, 0, c.in) : c.in;
   c.m = draw(random, 0, 9) == 0 ? draw(random, 0, 300) : draw(random, 0, 30);
   c.stride = c.in + (draw(random, 0, 1) ? draw(random, 0, 20) : 0);
-  c.weight_type = static_cast<Type>(draw(random, 0, 1));
+  c.weight_type = static_cast<Type>(draw(random, 0, 2));
   c.type = static_cast<Type>(draw(random, 0, 1));
   c.activation = static_cast<Activation>(draw(random, 0, 4));
   c.has_bias = draw(random, 0, 1), c.has_residual = draw(random, 0, 2) == 0;
+  c.pair = draw(random, 0, 3) == 0;
   c.rows = choose(random, c.out, c.n), c.columns = choose(random, c.in, c.k);
+  const LayerShape shape = {
+      c.weight_type, c.n,        c.k,           c.out,         c.in,
+      c.has_bias,    c.has_rows, c.has_columns, c.rows.data(), c.columns.data()};
+  c.packed = pack_random(shape, random, c.weight[0], c.bias[0], &c.packed_size);
+  if (c.pair) c.up = pack_random(shape, random, c.weight[1], c.bias[1], &c.packed_size);
   std::uniform_real_distribution<float> uniform(-1, 1);
-  Bytes weight(c.n * c.k * type_bytes(c.weight_type), 0);
-  for (int64_t i = 0; i < c.n * c.k; ++i) {
-    put(weight.data, c.weight_type, i, uniform(random));
-    c.weight.push_back(get(weight.data, c.weight_type, i));
-  }
-  for (int64_t i = 0; i < c.n; ++i) c.bias.push_back(uniform(random));
   const size_t element = type_bytes(c.type);
   const size_t offset = element * draw(random, 0, 3);
   c.x.reset(new Bytes(c.m > 0 ? ((c.m - 1) * c.stride + c.in) * element : 0, offset));
@@ -148,17 +188,6 @@ Case make_case(Random& random) {
   }
   c.residual.reset(new Bytes(c.m * c.out * element, offset));
   for (int64_t i = 0; i < c.m * c.out; ++i) put(c.residual->data, c.type, i, uniform(random));
-  const LayerShape shape = {
-      c.weight_type, c.n,        c.k,           c.out,         c.in,
-      c.has_bias,    c.has_rows, c.has_columns, c.rows.data(), c.columns.data()};
-  c.packed_size = packed_bytes(shape);
-  c.packed.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (c.packed_size + 63) / 64 * 64)));
-  pack(shape, weight.data, c.bias.data(), c.packed.get(), c.packed_size);
-  Bytes back(c.n * c.k * type_bytes(c.weight_type), 0);
-  unpack_weight(view(c.packed.get(), c.packed_size), back.data);
-  if (c.n * c.k > 0 && std::memcmp(back.data, weight.data, c.n * c.k * type_bytes(c.weight_type))) {
-    die("unpacked weight differs");
-  }
   return c;
 }
 
@@ -168,15 +197,19 @@ void check_values(const Case& c, const uint8_t* y) {
     std::fill(expected.begin(), expected.end(), 0.0);
     std::fill(magnitude.begin(), magnitude.end(), 0.0);
     for (int64_t i = 0; i < c.n; ++i) {
-      double sum = c.has_bias ? c.bias[i] : 0.0, scale = std::fabs(sum);
-      for (int64_t j = 0; j < c.k; ++j) {
-        const double term =
-            double{c.weight[i * c.k + j]} * get(c.x->data, c.type, r * c.stride + c.columns[j]);
-        sum += term;
-        scale += std::fabs(term);
+      double sum[2], scale[2];
+      for (int half = 0; half <= c.pair; ++half) {
+        sum[half] = c.bias[half][i], scale[half] = std::fabs(sum[half]);
+        for (int64_t j = 0; j < c.k; ++j) {
+          const double term = double{c.weight[half][i * c.k + j]} *
+                              get(c.x->data, c.type, r * c.stride + c.columns[j]);
+          sum[half] += term;
+          scale[half] += std::fabs(term);
+        }
       }
-      expected[c.rows[i]] = activate(c.activation, sum);
-      magnitude[c.rows[i]] = scale;
+      const double value = activate(c.activation, sum[0]);
+      expected[c.rows[i]] = c.pair ? value * sum[1] : value;
+      magnitude[c.rows[i]] = c.pair ? scale[0] * scale[1] : scale[0];
     }
     for (int64_t o = 0; o < c.out; ++o) {
       const double want =
@@ -188,6 +221,17 @@ void check_values(const Case& c, const uint8_t* y) {
             std::to_string(got) + ", want " + std::to_string(want));
       }
     }
+  }
+}
+
+// Two layers of one x in one call give what each gives alone, in other memory.
+void check_together(const Case& c, const uint8_t* y) {
+  const size_t bytes = c.m * c.out * type_bytes(c.type);
+  Bytes first(bytes, 0), second(bytes, 0);
+  const LinearArgs args[] = {c.args(first.data), c.args(second.data)};
+  pruned_linears(args, 2);
+  if (bytes > 0 && (std::memcmp(first.data, y, bytes) || std::memcmp(second.data, y, bytes))) {
+    die("two layers together differ from one alone");
   }
 }
 
@@ -250,6 +294,7 @@ void work(double seconds, uint64_t seed, int64_t* cases) {
     pruned_linear(c.args(y.data));
     check_values(c, y.data);
     check_rows_alone(c, y.data, random);
+    check_together(c, y.data);
     for (int i = 0; i < 5; ++i) hostile(c, y.data, random);
   }
 }

@@ -251,15 +251,20 @@ def pruned_linear(
     code = ACTIVATIONS.get(activation)
     if code is None:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    *leading, k = x.shape or (0,)
+    shape = x.shape
+    if len(shape) == 2:
+        m, k = shape
+        y = torch.empty(m, out_features, dtype=x.dtype)
+    else:
+        *leading, k = shape or (0,)
+        m = math.prod(leading)
+        y = torch.empty(*leading, out_features, dtype=x.dtype)
     stride = k
     if not x.is_contiguous():
-        if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= k:
+        if len(shape) == 2 and x.stride(1) == 1 and x.stride(0) >= k:
             stride = x.stride(0)
         else:
             x = x.contiguous()
-    y = torch.empty(*leading, out_features, dtype=x.dtype)
-    m = y.numel() // out_features if out_features else 0
     if residual is not None:
         if residual.shape != y.shape or residual.dtype != x.dtype or not residual.is_cpu:
             raise ValueError(
