@@ -254,7 +254,10 @@ def test_open_mass(distribution: str) -> None:
             {"seed": torch.zeros(2, dtype=torch.int64, device="meta")},
             r"seed must be int64 \[2\] on cpu, got",
         ),
-        ({"rows": torch.arange(9)}, "rows and columns fit ranking gates without closed_grad"),
+        (
+            {"rows": torch.arange(9), "out_features": 10},
+            "a compact weight fits ranking gates without",
+        ),
         ({"out_features": 8}, "out_features must fit w's 9 rows, got 8"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",

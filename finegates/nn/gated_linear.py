@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,15 @@ from ..config import GateConfig
 from ..gates import Gate
 from ..ops import INTERPRETED, gated_linear, gated_matmul
 from ..ops.checks import transformed
+
+
+class _Ordered(NamedTuple):
+    """A weight with closed gates last, the order of its sides, and its source's state."""
+
+    weight: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    source: tuple[int, int]
 
 
 class FusedGatedLinear(nn.Linear):
@@ -67,6 +78,7 @@ class FusedGatedLinear(nn.Linear):
 
     def _attach(self, config: GateConfig) -> None:
         device = self.weight.device
+        self._ordered: _Ordered | None = None
         self.config = config
         self.row_gate = Gate(self.out_features, config, device=device) if config.rows else None
         self.column_gate = Gate(self.in_features, config, device=device) if config.columns else None
@@ -89,6 +101,46 @@ class FusedGatedLinear(nn.Linear):
             backend=self.config.backend,
         )
 
+    @torch.no_grad()
+    def reorder_(self) -> None:
+        """Put closed gates last in a copy of the frozen weight: a GPU then skips their tiles.
+
+        No result changes beyond the order of summation; gates, noise and state dict keep theirs.
+        Call it again every few dozen steps, as gates close. The copy takes as much memory as the
+        weight, and is ignored once the weight has changed or moved.
+
+        Raises:
+            ValueError: the weight is trained.
+        """
+        if self.weight.requires_grad:
+            raise ValueError("weight must be frozen: a copy in another order would not be trained")
+        rows, columns = (
+            None if gate is None else torch.argsort((gate.value() == 0).int(), stable=True).int()
+            for gate in (self.row_gate, self.column_gate)
+        )
+        weight: Tensor = self.weight.detach()
+        weight = weight if rows is None else weight[rows]
+        weight = weight if columns is None else weight[:, columns]
+        self._ordered = _Ordered(weight.contiguous(), rows, columns, self._weight_state())
+
+    def _weight_state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), self.weight._version
+
+    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return weight, bias, rows and columns as the kernels take them: ordered if that holds."""
+        ordered = self._ordered
+        if (
+            ordered is None
+            or torch.compiler.is_compiling()
+            or self.weight.requires_grad
+            or ordered.source != self._weight_state()
+        ):
+            return self.weight, self.bias, None, None
+        bias: Tensor | None = self.bias
+        if bias is not None and ordered.rows is not None:
+            bias = bias.index_select(0, ordered.rows)
+        return ordered.weight, bias, ordered.rows, ordered.columns
+
     @property
     def _closed_grad(self) -> bool:
         return self.config.distribution == "ranking" and self.config.closed_gradient
@@ -99,10 +151,11 @@ class FusedGatedLinear(nn.Linear):
         seed = None
         if self.training and config.distribution != "ranking":
             seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
+        weight, bias, rows, columns = self._operands()
         return gated_matmul(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             None if row is None else row.logits,
             None if column is None else column.logits,
             seed,
@@ -110,6 +163,8 @@ class FusedGatedLinear(nn.Linear):
             config.constants,
             row_layout=None if row is None else row.span_width,
             column_layout=None if column is None else column.span_width,
+            rows=rows,
+            columns=columns,
             closed_grad=self._closed_grad,
             backend=config.backend,
         )

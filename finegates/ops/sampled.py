@@ -193,8 +193,8 @@ def open_mass(
 ) -> Tensor:
     """Expected open units of every gate vector of a model, in one launch whatever their number.
 
-    For vectors whose units die on their own. The controller's objectives don't use it: they need
-    the open probabilities themselves, since coupled units live and die together.
+    For vectors that decide their units alone; ``surgery/masses.py`` builds the penalty on it. Units
+    of several independent gates need the probabilities themselves.
 
     Args:
         logits (`Tensor` fp32 [U]): ``torch.cat`` of all logits.

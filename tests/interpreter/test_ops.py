@@ -224,6 +224,33 @@ def test_layer_agrees_with_its_cpu_path(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sides", ["both", "rows", "columns"])
+@pytest.mark.parametrize("closed_gradient", [True, False])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_reordering_changes_no_result(distribution: str, closed_gradient: bool, sides: str) -> None:
+    """The same step with closed gates last; a changed weight is used at once."""
+    layer = layer_of(
+        distribution,
+        closed_gradient=closed_gradient,
+        rows=sides != "columns",
+        columns=sides != "rows",
+    )
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        layer.reorder_()
+    layer.weight.requires_grad_(False)
+    x = torch.randn(3, 5, 70)
+    plain = step(layer, x)
+    names = list(layer.state_dict())
+    layer.reorder_()
+    assert layer._operands()[0] is not layer.weight
+    assert list(layer.state_dict()) == names
+    for a, b in zip(plain, step(layer, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    assert layer._operands()[0] is layer.weight
+
+
 def count_calls(op: str) -> dict[str, int]:
     """Count which backend serves an op, by the table's own entries."""
     calls = {"triton": 0, "torch": 0}
