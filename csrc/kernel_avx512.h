@@ -129,25 +129,29 @@ struct Avx512 {
   // Compress in a register and store all 16 lanes: vpcompressd to memory is microcoded on Zen 4.
   template <class In>
   static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
-    for (; length > 0; length -= kChunk, in += kChunk, ++masks) {
-      const int valid = length < kChunk ? static_cast<int>(length) : kChunk;
-      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(*masks, load16(in, valid)));
+    for (; length >= kChunk; length -= kChunk, in += kChunk, ++masks) {
+      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(*masks, load16(in, kChunk)));
       out += __builtin_popcount(*masks);
     }
-    return out;
+    if (length == 0) return out;
+    const F tail = load16(in, static_cast<int>(length));
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(*masks, tail));
+    return out + __builtin_popcount(*masks);
   }
 #ifdef __AVX512VBMI2__
   static uint16_t* gather(uint16_t* out, const uint16_t* in, const uint16_t* masks,
                           int64_t length) {
-    for (; length > 0; length -= 2 * kChunk, in += 2 * kChunk, masks += 2) {
-      const __mmask32 mask = masks[0] | (length > kChunk ? uint32_t{masks[1]} << 16 : 0u);
-      const __m512i x = length >= 2 * kChunk
-                            ? _mm512_loadu_si512(in)
-                            : _mm512_maskz_loadu_epi16((__mmask32{1} << length) - 1, in);
-      _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, x));
+    for (; length >= 2 * kChunk; length -= 2 * kChunk, in += 2 * kChunk, masks += 2) {
+      uint32_t mask;
+      __builtin_memcpy(&mask, masks, sizeof(mask));
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, _mm512_loadu_si512(in)));
       out += __builtin_popcount(mask);
     }
-    return out;
+    if (length == 0) return out;
+    const __mmask32 mask = masks[0] | (length > kChunk ? uint32_t{masks[1]} << 16 : 0u);
+    const __m512i tail = _mm512_maskz_loadu_epi16((__mmask32{1} << length) - 1, in);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, tail));
+    return out + __builtin_popcount(mask);
   }
 #endif
 
