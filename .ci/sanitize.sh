@@ -32,7 +32,7 @@ COPY=$(mktemp -d)
 trap 'rm -rf "$COPY"' EXIT
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -P -t "$COPY"
 cd "$COPY"
-CXXFLAGS="-g $SANITIZE" LDFLAGS="$SANITIZE" "$PYTHON" setup.py -q build_ext --inplace
+CXXFLAGS="-O1 -g $SANITIZE" LDFLAGS="$SANITIZE" "$PYTHON" setup.py -q build_ext --inplace
 # Python itself leaks at exit; torch must find libasan loaded first.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 FINEGATES_MAX_ISA=avx512bf16 \

@@ -24,8 +24,9 @@ struct TileArgs {
   const uint8_t* w;
   size_t panel_bytes;
   int64_t units;
-  int64_t panel_units;  // from w to the end of the panel
-  const uint8_t* next;  // weights to bring into L2 meanwhile, 64 bytes a unit
+  int64_t stream_units;  // from w to where the stream of weights jumps
+  int64_t jump;          // bytes
+  const uint8_t* next;   // weights to bring into L2 meanwhile, 64 bytes a unit
   float* c;
   int64_t c_stride;
   const float* addend;  // c itself, or the bias with stride 0 in the first K block
@@ -51,6 +52,11 @@ FG_INLINE F widen_i8(F w, int part) {
   }
 }
 
+// `ahead` may leave the buffer, so it is no pointer arithmetic.
+FG_INLINE void prefetch(const uint8_t* at, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + ahead));
+}
+
 template <Kind K, int MR, int NP, int NV>
 FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
                          size_t panel_bytes, int64_t ahead) {
@@ -60,8 +66,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (j % NV * (Vec::kLanes * 4) % 64 == 0)
-      __builtin_prefetch(at + (NP > 1 ? ahead : ahead_of(MR, NP)));
+    if (j % NV * (Vec::kLanes * 4) % 64 == 0) prefetch(at, NP > 1 ? ahead : ahead_of(MR, NP));
   }
   if constexpr (K == Kind::kWide) {
     F odd[kN];
@@ -117,12 +122,12 @@ void tile(const TileArgs& t) {
   const uint8_t* a = t.a;
   const uint8_t* w = t.w;
   const uint8_t* next = t.next;
-  // Near the end of a panel, panels that stream at once look ahead into the next group: what
-  // follows each of them in memory is the next of themselves.
+  // Panels that stream at once look ahead to where each of them goes on: what follows in memory is
+  // its neighbour.
   int64_t ahead = ahead_of(MR, NP);
   int64_t rest = 0;
   if constexpr (NP > 1) {
-    const int64_t far = t.panel_units - ahead / kUnitBytes;
+    const int64_t far = t.stream_units - ahead / kUnitBytes;
     rest = far < 0 ? t.units : far < t.units ? t.units - far : 0;
   }
   int64_t left = t.units - rest;
@@ -145,7 +150,7 @@ void tile(const TileArgs& t) {
     if (NP == 1 || rest == 0) break;
     left = rest;
     rest = 0;
-    ahead += (NP - 1) * static_cast<int64_t>(t.panel_bytes);
+    ahead += t.jump;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
@@ -243,6 +248,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
       span = last_panel - panel < kMaxSpan ? last_panel - panel : kMaxSpan;
     }
     const int64_t c_stride = span * kPanel;
+    const int64_t group_jump = (group - 1) * static_cast<int64_t>(p.panel_bytes);
     for (int64_t block = 0; block < p.column_blocks; ++block) {
       const int64_t first_unit = block * block_units;
       const int64_t end_unit =
@@ -277,7 +283,16 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
               args.w = weights.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
               args.panel_bytes = p.panel_bytes;
               args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
-              args.panel_units = all_units - unit;
+              if (call.pair) {  // this block of the other layer, then the next block
+                const int64_t other = reinterpret_cast<intptr_t>(call.up.panels) -
+                                      reinterpret_cast<intptr_t>(p.panels);
+                args.stream_units = end_unit - unit;
+                args.jump = half == 0 ? other - (end_unit - first_unit) * kUnitBytes
+                                      : (last_block ? group_jump : 0) - other;
+              } else {
+                args.stream_units = all_units - unit;
+                args.jump = group_jump;
+              }
               args.next = tiles > 1 && t < 2 && half == 0
                               ? next + (unit - first_unit) * kUnitBytes + t * args.units * 64
                               : args.w;
