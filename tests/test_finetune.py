@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import finegates.hf
-from finegates import FusedGatedLinear, PrunedLinear
+from finegates import FusedGatedLinear, GateConfig, PrunedLinear
 from finegates.cli import main
 from finegates.recipes import finetune_glue
 from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
@@ -234,6 +234,9 @@ def test_paper_constants_are_one_flag(tiny: tuple[Path, Path], tmp_path: Path) -
     assert main(["finetune", *words(tiny, output, "--paper", "True")]) == 0
     written = json.loads((output / "report.json").read_text())
     assert written["job"]["paper"] is True
+    gated = json.loads((output / "gated" / "model" / "config.json").read_text())
+    stored = GateConfig.from_dict(gated["quantization_config"]["gate_config"])
+    assert replace(stored, modules=None) == GateConfig.paper()
 
 
 def test_epochs_count_when_they_are_given() -> None:

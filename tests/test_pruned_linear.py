@@ -343,6 +343,7 @@ class TestPack:
         with torch.enable_grad():
             Trainer(Model(), arguments, train_dataset=data, eval_dataset=data).train()
 
+    @needs_native
     @pytest.mark.parametrize("how", ["cast", "meta", "replaced", "assigned"])
     def test_the_old_weight_is_let_go(self, how: str) -> None:
         _, pruned = example()
