@@ -17,7 +17,8 @@ lint: $(VENV)/.installed  ## formats, lints, types
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python bench/table.py build/bench.json --png build/bench.png
 
 # With the caller's Python: the pins above are CPU builds of torch.
 gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu
