@@ -24,7 +24,7 @@ from finegates import GateConfig
 from finegates.ops import _triton, gated_linear, gated_matmul
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
-# A step over the frozen Linear's, at most (issue 4): by the start of the layer's name.
+# A step over the frozen Linear's, at most: by the start of the layer's name.
 BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
 COMPILED_BAR = 1.5  # times faster than torch.compile of naive gates, at RoBERTa-base
 

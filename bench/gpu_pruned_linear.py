@@ -1,6 +1,6 @@
 """Inference of a pruned Linear on a GPU against the dense one, CUDA graphs on both sides.
 
-Bar (issue 4): at least 1.4 times dense with 40 % removed, for 1 and 32 tokens. ``--dry-run`` runs
+Bar: at least 1.4 times dense with 40 % removed, for 1 and 32 tokens. ``--dry-run`` runs
 every line once on a CPU, the kernels in Triton's interpreter.
 """
 

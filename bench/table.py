@@ -55,7 +55,7 @@ def simple(rows: list[dict[str, Any]], columns: list[str]) -> str:
 
 
 def missed(rows: list[dict[str, Any]]) -> str:
-    """Cells of the grid below issue 3's bars 1 to 3."""
+    """Cells of the grid below the bars of docs/native.md, 1 to 3."""
     out = []
     for r in rows:
         m = r["m"]
