@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from finegates import _native
+from finegates.report import cpu_name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,14 +72,6 @@ def _inference(request: pytest.FixtureRequest) -> Iterator[None]:
     with torch.inference_mode():
         yield
     torch.set_num_threads(before)
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

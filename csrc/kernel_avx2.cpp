@@ -22,7 +22,7 @@ struct Order {
 };
 constexpr Order kOrder;
 
-struct Vec {
+struct Vec : ScalarChunks {
   static constexpr int kLanes = 8;
   static constexpr bool kHasDot = false;
   using F = __m256;
@@ -32,9 +32,7 @@ struct Vec {
   static constexpr int group(Kind, int rows) { return rows <= 1 ? 2 : 1; }
   static constexpr int vecs(int rows) { return rows <= 2 ? 4 : 2; }
   // Units summed in one chain before they join the total: 384 products.
-  static constexpr int chain(Kind kind) {
-    return kind == Kind::kI8 ? kUnits / 4 : kind == Kind::kWide ? kUnits / 2 : kUnits;
-  }
+  static constexpr int chain(Kind kind) { return kUnits / operand_units(kind); }
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set(float x) { return _mm256_set1_ps(x); }
@@ -84,15 +82,12 @@ struct Vec {
         out += __builtin_popcount(bits);
       }
     }
-    return gather_scalar(out, in, masks, length);
+    return ScalarChunks::gather(out, in, masks, length);
   }
 
-  using Spread = ScalarSpread;
   struct Chunk {
     F half[2];
   };
-  static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
-  static const float* load_panel(const float* c) { return c; }
   static Chunk expand(const float* panel, Spread spread) {
     const unsigned low = spread.mask & 255, high = spread.mask >> 8;
     panel += spread.kept;
@@ -100,7 +95,7 @@ struct Vec {
   }
   template <class T>
   static void write(T* y, const Chunk& chunk, int valid) {
-    if (valid < kChunk) return write_scalar(y, spill(chunk), valid);
+    if (valid < kChunk) return ScalarChunks::write(y, spill(chunk), valid);
     store8(y, chunk.half[0]);
     store8(y + 8, chunk.half[1]);
   }
@@ -111,7 +106,7 @@ struct Vec {
   }
   template <class T>
   static void add_write(T* y, const Chunk& chunk, const T* residual, int valid) {
-    if (valid < kChunk) return add_write_scalar(y, spill(chunk), residual, valid);
+    if (valid < kChunk) return ScalarChunks::add_write(y, spill(chunk), residual, valid);
     store8(y, add(chunk.half[0], load8(residual)));
     store8(y + 8, add(chunk.half[1], load8(residual + 8)));
   }
@@ -143,8 +138,8 @@ struct Vec {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
-  static ScalarChunk spill(const Chunk& chunk) {
-    ScalarChunk out;
+  static ScalarChunks::Chunk spill(const Chunk& chunk) {
+    ScalarChunks::Chunk out;
     store(out.value, chunk.half[0]);
     store(out.value + 8, chunk.half[1]);
     return out;

@@ -39,11 +39,7 @@ struct Avx512 {
   }
   static constexpr int vecs(int) { return 2; }
   // Units summed in one chain before they join the total: 384 products, or pairs.
-  static constexpr int chain(Kind kind) {
-    return kind == Kind::kI8                             ? kUnits / 4
-           : kind == Kind::kWide || kind == Kind::kI8Dot ? kUnits / 2
-                                                         : kUnits;
-  }
+  static constexpr int chain(Kind kind) { return kUnits / operand_units(kind); }
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float x) { return _mm512_set1_ps(x); }

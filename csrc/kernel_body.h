@@ -86,7 +86,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
     }
   } else if constexpr (K == Kind::kI8 || K == Kind::kI8Dot) {
     // Four FMAs or two dot products of the widened weight, each with its own unit of x.
-    constexpr int kParts = K == Kind::kI8 ? 4 : 2;
+    constexpr int kParts = operand_units(K);
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
       F wide[kN];

@@ -5,7 +5,7 @@
 namespace finegates {
 namespace {
 
-struct Vec {
+struct Vec : ScalarChunks {
   static constexpr int kLanes = 4;
   static constexpr bool kHasDot = false;
   typedef float F __attribute__((vector_size(16)));
@@ -45,30 +45,6 @@ struct Vec {
       out[i] = bytes[2 * i] & 128 ? -magnitude : magnitude;
     }
     return out;
-  }
-
-  template <class In>
-  static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
-    return gather_scalar(out, in, masks, length);
-  }
-  using Spread = ScalarSpread;
-  static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
-  static const float* load_panel(const float* c) { return c; }
-  static ScalarChunk expand(const float* panel, Spread spread) {
-    return expand_scalar(panel, spread);
-  }
-  template <class T>
-  static void write(T* y, const ScalarChunk& chunk, int valid) {
-    write_scalar(y, chunk, valid);
-  }
-  template <class T>
-  static void write_pair(T* y, const ScalarChunk& a, const ScalarChunk& b, int valid) {
-    write_scalar(y, a, kChunk);
-    write_scalar(y + kChunk, b, valid);
-  }
-  template <class T>
-  static void add_write(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
-    add_write_scalar(y, chunk, residual, valid);
   }
 };
 

@@ -7,7 +7,7 @@
 namespace finegates {
 namespace {
 
-struct Vec {
+struct Vec : ScalarChunks {
   static constexpr int kLanes = 4;
   static constexpr bool kHasDot = false;
   using F = float32x4_t;
@@ -17,9 +17,7 @@ struct Vec {
   static constexpr int group(Kind, int) { return 1; }
   static constexpr int vecs(int rows) { return rows <= 2 ? 8 : 4; }
   // Units summed in one chain before they join the total: 384 products.
-  static constexpr int chain(Kind kind) {
-    return kind == Kind::kI8 ? kUnits / 4 : kind == Kind::kWide ? kUnits / 2 : kUnits;
-  }
+  static constexpr int chain(Kind kind) { return kUnits / operand_units(kind); }
 
   static F zero() { return vdupq_n_f32(0.0f); }
   static F set(float x) { return vdupq_n_f32(x); }
@@ -54,30 +52,6 @@ struct Vec {
     const uint32x4_t magnitude = vandq_u32(vshrq_n_u32(top, 24), vdupq_n_u32(127));
     const uint32x4_t sign = vandq_u32(top, vdupq_n_u32(0x80000000u));
     return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(vcvtq_f32_u32(magnitude)), sign));
-  }
-
-  template <class In>
-  static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
-    return gather_scalar(out, in, masks, length);
-  }
-  using Spread = ScalarSpread;
-  static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
-  static const float* load_panel(const float* c) { return c; }
-  static ScalarChunk expand(const float* panel, Spread spread) {
-    return expand_scalar(panel, spread);
-  }
-  template <class T>
-  static void write(T* y, const ScalarChunk& chunk, int valid) {
-    write_scalar(y, chunk, valid);
-  }
-  template <class T>
-  static void write_pair(T* y, const ScalarChunk& a, const ScalarChunk& b, int valid) {
-    write_scalar(y, a, kChunk);
-    write_scalar(y + kChunk, b, valid);
-  }
-  template <class T>
-  static void add_write(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
-    add_write_scalar(y, chunk, residual, valid);
   }
 };
 

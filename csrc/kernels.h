@@ -19,12 +19,13 @@ enum class Kind : int {
 constexpr int kKinds = 5;
 constexpr bool is_dot(Kind kind) { return kind == Kind::kDot || kind == Kind::kI8Dot; }
 
-// Bytes of one gathered row in one K block: a unit of 1, 2, 2, 4 or 4 columns of x.
-constexpr int row_stride(Kind kind) {
-  return kind == Kind::kI8                             ? kUnits * 16
-         : kind == Kind::kWide || kind == Kind::kI8Dot ? kUnits * 8
-                                                       : kUnits * 4;
+// Units of 4 bytes of x that meet one unit of the weight.
+constexpr int operand_units(Kind kind) {
+  return kind == Kind::kI8 ? 4 : kind == Kind::kWide || kind == Kind::kI8Dot ? 2 : 1;
 }
+
+// Bytes of one gathered row in one K block.
+constexpr int row_stride(Kind kind) { return kUnits * 4 * operand_units(kind); }
 
 constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
 

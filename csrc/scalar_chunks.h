@@ -1,5 +1,5 @@
 // Gather and scatter of chunks without vector instructions, for the ISA files that have nothing
-// better. Included inside an anonymous namespace's file, like kernel_body.h.
+// better. Under the rules of kernel_body.h.
 #include "layout.h"
 
 namespace finegates {
@@ -23,41 +23,50 @@ inline void narrow(float x, uint16_t* out) {
 }
 inline void narrow(float x, float* out) { *out = x; }
 
-template <class In>
-float* gather_scalar(float* out, const In* in, const uint16_t* masks, int64_t length) {
-  for (int64_t at = 0; at < length; at += kChunk) {
-    for (unsigned mask = *masks++; mask != 0; mask &= mask - 1) {
-      *out++ = widen(in[at + __builtin_ctz(mask)]);
+// What Vec inherits; a level hides what it does better.
+struct ScalarChunks {
+  // Sixteen outputs and where the kept ones among them come from.
+  struct Spread {
+    unsigned mask;
+    int kept;
+  };
+  struct Chunk {
+    float value[kChunk];
+  };
+
+  template <class In>
+  static float* gather(float* out, const In* in, const uint16_t* masks, int64_t length) {
+    for (int64_t at = 0; at < length; at += kChunk) {
+      for (unsigned mask = *masks++; mask != 0; mask &= mask - 1) {
+        *out++ = widen(in[at + __builtin_ctz(mask)]);
+      }
     }
+    return out;
   }
-  return out;
-}
 
-// Sixteen outputs and where the kept ones among them come from.
-struct ScalarSpread {
-  unsigned mask;
-  int kept;
+  static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
+  static const float* load_panel(const float* c) { return c; }
+  static Chunk expand(const float* panel, Spread spread) {
+    Chunk out;
+    panel += spread.kept;
+    for (int i = 0; i < kChunk; ++i) out.value[i] = spread.mask >> i & 1 ? *panel++ : 0.0f;
+    return out;
+  }
+
+  template <class T>
+  static void write(T* y, const Chunk& chunk, int valid) {
+    for (int i = 0; i < valid; ++i) narrow(chunk.value[i], y + i);
+  }
+  template <class T>
+  static void write_pair(T* y, const Chunk& a, const Chunk& b, int valid) {
+    write(y, a, kChunk);
+    write(y + kChunk, b, valid);
+  }
+  template <class T>
+  static void add_write(T* y, const Chunk& chunk, const T* residual, int valid) {
+    for (int i = 0; i < valid; ++i) narrow(chunk.value[i] + widen(residual[i]), y + i);
+  }
 };
-struct ScalarChunk {
-  float value[kChunk];
-};
-
-inline ScalarChunk expand_scalar(const float* compact, ScalarSpread spread) {
-  ScalarChunk out;
-  compact += spread.kept;
-  for (int i = 0; i < kChunk; ++i) out.value[i] = spread.mask >> i & 1 ? *compact++ : 0.0f;
-  return out;
-}
-
-template <class T>
-void write_scalar(T* y, const ScalarChunk& chunk, int valid) {
-  for (int i = 0; i < valid; ++i) narrow(chunk.value[i], y + i);
-}
-
-template <class T>
-void add_write_scalar(T* y, const ScalarChunk& chunk, const T* residual, int valid) {
-  for (int i = 0; i < valid; ++i) narrow(chunk.value[i] + widen(residual[i]), y + i);
-}
 
 }  // namespace
 }  // namespace finegates
