@@ -47,7 +47,14 @@ ARCH_SOURCES = {
     "aarch64": ["kernel_neon.cpp"],
     "arm64": ["kernel_neon.cpp"],
 }
-COMMON = ["isa.cpp", "kernel_generic.cpp", "layout.cpp", "module.cpp", "pruned_linear.cpp"]
+COMMON = [
+    "isa.cpp",
+    "kernel_generic.cpp",
+    "layout.cpp",
+    "module.cpp",
+    "probe.cpp",
+    "pruned_linear.cpp",
+]
 
 
 def sources(machine: str) -> list[str]:

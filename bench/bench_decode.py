@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Case, interleave, make_case, medians
-from probe import read_bandwidth
 from shapes import COLD_BYTES, DECODE_BATCHES, DECODE_LAYERS, DTYPES, REMOVED
 
 from finegates.ops import _cpu
+from finegates.report.ceilings import read_bandwidth
 
 
 def pack_int8(case: Case) -> torch.Tensor:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, add_compiled, check, interleave, make_case, medians
-from probe import peak_flops, read_bandwidth
+from harness import TORCH_DTYPES, Case, add_compiled, check, interleave, make_case, medians
 from shapes import (
     BATCHES,
     COLD_BATCHES,
@@ -23,6 +22,7 @@ from shapes import (
 
 from finegates import _native
 from finegates.ops import _cpu
+from finegates.report.ceilings import peak_flops, read_bandwidth
 
 
 def report(benchmark: Any, case: Case, dtype: str, threads: int, seconds: float = 0.8) -> None:
@@ -33,7 +33,7 @@ def report(benchmark: Any, case: Case, dtype: str, threads: int, seconds: float 
     fastest = {name: min(times) for name, times in samples.items()}
     libraries = {name: t for name, t in time.items() if name not in ("ours", "dense")}
     library = min(libraries, key=lambda name: libraries[name])
-    peak = peak_flops(dtype, _native.isa(), threads)
+    peak = peak_flops(TORCH_DTYPES[dtype], threads)
     benchmark.extra_info.update(
         {
             "isa": _native.isa(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from shapes import LAYERS, kept
 from torch import Tensor
 
 from finegates.ops import _cpu
+from finegates.report import timing
 
 # What --clock says: wall time, or the calling thread's own, which other processes stretch less.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -126,32 +126,8 @@ def check(case: Case) -> None:
 def interleave(
     candidates: dict[str, Callable[[], object]], seconds: float, rounds: int = 61
 ) -> dict[str, list[float]]:
-    """Time all candidates in turn, round by round, so that all see the same machine.
-
-    A sample is one call, or as many as fill 100 microseconds.
-    """
-    repeats: dict[str, int] = {}
-    once = 0.0
-    for name, call in candidates.items():
-        call()
-        begin = clock()
-        call()
-        cost = max(clock() - begin, 1e-6)
-        repeats[name] = max(1, int(100e-6 / cost))
-        once += cost * repeats[name]
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    gc.disable()
-    try:
-        for _ in range(max(5, min(rounds, int(seconds / once)))):
-            for name, call in candidates.items():
-                count = repeats[name]
-                begin = clock()
-                for _ in range(count):
-                    call()
-                samples[name].append((clock() - begin) / count)
-    finally:
-        gc.enable()
-    return samples
+    """Time all candidates in turn by the suite's clock; a sample lasts 100 microseconds or more."""
+    return timing.interleave(candidates, seconds, max_rounds=rounds, sample=100e-6, clock=clock)
 
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "layout.h"
+#include "probe.h"
 #include "pruned_linear.h"
 
 namespace py = pybind11;
@@ -157,4 +158,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                py::reinterpret_steal<py::object>(PyCFunction_New(&pruned_linear_method, nullptr)));
   m.def("pruned_linears", &pruned_linears, unlocked());
   m.def("pruned_glu", &pruned_glu, unlocked());
+  m.def(
+      "probe_flops",
+      [](bool dot) {
+        return finegates::probe_flops(dot ? finegates::Arithmetic::kDot
+                                          : finegates::Arithmetic::kFma);
+      },
+      unlocked());
+  m.def(
+      "probe_read",
+      [](uintptr_t data, size_t bytes) {
+        return finegates::probe_read(reinterpret_cast<const uint8_t*>(data), bytes);
+      },
+      unlocked());
 }

@@ -173,7 +173,6 @@ def build_meta(model_type: str, layers: int, hidden_size: int, heads: int, inner
     )  # fmt: skip
 
 
-
 def test_trainer_is_imported_when_it_is_asked_for() -> None:
     code = (
         "import sys, finegates.hf; light = 'finegates.hf.trainer' not in sys.modules;"

@@ -355,6 +355,32 @@ def pruned_glu(
     return y if wide.dtype is x.dtype else y.to(x.dtype)
 
 
+def probe_flops(dtype: torch.dtype) -> float:
+    """Return multiply-adds times two a second that the calling thread's core reaches.
+
+    Args:
+        dtype: bfloat16 asks for the dot product, which falls back to float32 where there is none.
+
+    Raises:
+        ValueError: there is no native module, or no measurement for its level.
+    """
+    flops = 0.0 if _C is None else float(_C.probe_flops(dtype is torch.bfloat16))
+    if not flops:
+        raise ValueError(f"no measured peak here: {_native.reason() or f'level {_native.isa()}'}")
+    return flops
+
+
+def probe_read(buffer: Tensor) -> float:
+    """Return bytes a second that the calling thread reads from a uint8 tensor.
+
+    Raises:
+        ValueError: there is no native module.
+    """
+    if _C is None:
+        raise ValueError(f"no measured bandwidth here: {_native.reason()}")
+    return float(_C.probe_read(buffer.data_ptr(), buffer.numel()))
+
+
 def _operand(x: Tensor) -> tuple[Tensor, int, int]:
     """Return x as the kernels read it (float16 in float32), its type code and row stride."""
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread

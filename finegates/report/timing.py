@@ -91,7 +91,13 @@ def latency(
             calls = {name: _call(model, values) for name, model in models.items()}
             for count in threads:
                 torch.set_num_threads(count)
-                times = _interleave(calls, seconds, warmup, min_rounds, max_rounds)
+                times = interleave(
+                    calls,
+                    seconds,
+                    warmup=warmup,
+                    min_rounds=min_rounds,
+                    max_rounds=max_rounds,
+                )
                 baseline = next(iter(times.values()))
                 timings += [
                     _timing(name, label, count, series, baseline) for name, series in times.items()
@@ -101,21 +107,17 @@ def latency(
 
 @contextmanager
 def _measuring(models: Any) -> Iterator[None]:
-    """Evaluation mode, no garbage collection; restores both and the number of threads."""
+    """Evaluation mode; restores it and the number of threads."""
     modes = [(module, module.training) for model in models for module in model.modules()]
-    threads, collecting = torch.get_num_threads(), gc.isenabled()
+    threads = torch.get_num_threads()
     for module, _ in modes:
         module.training = False
-    gc.collect()
-    gc.disable()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         for module, mode in modes:
             module.training = mode
-        if collecting:
-            gc.enable()
 
 
 def _call(model: nn.Module, values: Mapping[str, Tensor] | Tensor) -> Callable[[], Any]:
@@ -130,34 +132,93 @@ def _call(model: nn.Module, values: Mapping[str, Tensor] | Tensor) -> Callable[[
     return call
 
 
-def _interleave(
-    calls: Mapping[str, Callable[[], Any]], seconds: float, warmup: int, fewest: int, most: int
+def interleave(
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    *,
+    warmup: int = 2,
+    min_rounds: int = 5,
+    max_rounds: int = 300,
+    sample: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Return each call's times in milliseconds, one per round."""
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
+    """Time the calls in turn, round by round, so that all see the same machine.
+
+    Every round starts with another call, and the garbage collector is off.
+
+    Args:
+        calls: what to time, by name.
+        seconds: time budget, warm-up apart.
+        warmup: untimed runs of each call before.
+        min_rounds, max_rounds: bounds that go before the budget.
+        sample: seconds that one sample should last at least; short calls are repeated to fill it.
+        clock: seconds; `time.thread_time` sees less of other processes than the wall clock.
+
+    Returns:
+        Per call the seconds that it took, one per round.
+    """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
-    for round_ in range(max(fewest, most)):
-        if round_ >= fewest and time.perf_counter() >= end:
-            break
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter_ns()
-            calls[name]()
-            times[name].append((time.perf_counter_ns() - start) / 1e6)
+    with _no_garbage_collection():
+        repeats = {name: _repeats(calls[name], warmup, sample, clock) for name in names}
+        end = time.perf_counter() + seconds
+        for round_ in range(max(min_rounds, max_rounds)):
+            if round_ >= min_rounds and time.perf_counter() >= end:
+                break
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                call, count = calls[name], repeats[name]
+                begin = clock()
+                for _ in range(count):
+                    call()
+                times[name].append((clock() - begin) / count)
     return times
+
+
+def _repeats(
+    call: Callable[[], Any], warmup: int, sample: float, clock: Callable[[], float]
+) -> int:
+    """Warm a call up and return how many of them fill a sample."""
+    cost = 0.0
+    for _ in range(max(warmup, 1 if sample else 0)):
+        begin = clock()
+        call()
+        cost = clock() - begin
+    return max(1, int(sample / max(cost, 1e-6)))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _timing(
     model: str, inputs: str, threads: int, times: Sequence[float], baseline: Sequence[float]
 ) -> Timing:
-    ranked = sorted(times)
-    p10, p90 = (ranked[math.floor(q * (len(ranked) - 1) + 0.5)] for q in (0.1, 0.9))
     speedup = statistics.median(b / t for b, t in zip(baseline, times, strict=True))
-    return Timing(model, inputs, threads, statistics.median(times), p10, p90, speedup, len(times))
+    middle, p10, p90 = (1e3 * percentile(times, share) for share in (0.5, 0.1, 0.9))
+    return Timing(model, inputs, threads, middle, p10, p90, speedup, len(times))
+
+
+def percentile(times: Sequence[float], share: float) -> float:
+    """Return the time below which a share of the times lie, between the two nearest ones.
+
+    Example:
+        >>> percentile([4.0, 1.0, 2.0, 3.0], 0.5)
+        2.5
+    """
+    ranked = sorted(times)
+    place = share * (len(ranked) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
 
 
 def machine() -> dict[str, Any]:
