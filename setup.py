@@ -28,6 +28,7 @@ PACKAGES = [
     "finegates.hf",
     "finegates.recipes",
     "finegates.report",
+    "finegates.serving",
     "finegates.kernels",
 ]
 BASE_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"

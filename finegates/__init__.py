@@ -16,6 +16,7 @@ from .config import GateConfig
 from .gates import Gate
 from .nn import FusedGatedLinear, PrunedLinear
 from .ops import use_backend
+from .serving import optimize_for_cpu, restore_
 from .surgery import GateMap, gate_, prune_
 
 try:
@@ -30,6 +31,8 @@ __all__ = [
     "GateMap",
     "PrunedLinear",
     "gate_",
+    "optimize_for_cpu",
     "prune_",
+    "restore_",
     "use_backend",
 ]

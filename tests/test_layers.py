@@ -17,6 +17,7 @@ LAYERS = (
     ("cli", "recipes"),
     ("__main__",),
     ("hf", "report"),
+    ("serving",),
     ("surgery",),
     ("nn", "penalty"),
     ("gates", "config"),
