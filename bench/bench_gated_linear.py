@@ -21,7 +21,7 @@ from shapes import GPU_LAYERS, GPU_TINY, GPU_TINY_TOKENS, GPU_TOKENS
 from torch import Tensor
 
 from finegates import GateConfig
-from finegates.ops import _triton, gated_linear, gated_matmul
+from finegates.ops import _triton_gated, gated_linear, gated_matmul
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 # A step over the frozen Linear's, at most: by the start of the layer's name.
@@ -103,11 +103,11 @@ def choosing(which: str, run: Callable[[], Any]) -> Callable[[], Any]:
     answer = (None, reason) if which == "fused" else (reason, None)
 
     def forced() -> Any:
-        choose, _triton._fold_wins = _triton._fold_wins, lambda *_: answer
+        choose, _triton_gated._fold_wins = _triton_gated._fold_wins, lambda *_: answer
         try:
             return run()
         finally:
-            _triton._fold_wins = choose
+            _triton_gated._fold_wins = choose
 
     return forced
 

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import fold, gated_matmul, norm_gather, open_mass
+from . import gated_matmul_bwd as bwd
 from .launch import GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, gemm_options
 
 RESOURCES = Path(__file__).with_name("resources.json")
@@ -92,23 +93,23 @@ VARIANTS = (
             {"ACTIVATION": "gelu", "GATHERED": False, **_OPEN, **_GATES, **_INNER}),
     Variant("gated_matmul_fwd[scatter]", gated_matmul._gated_matmul_fwd_kernel, "fwd_map",
             {"ACTIVATION": "gelu", "GATHERED": True, **_OPEN, **_GATES, **_INNER}),
-    Variant("gated_matmul_bwd_x", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x",
+    Variant("gated_matmul_bwd_x", bwd._gated_matmul_bwd_x_kernel, "bwd_x",
             {"GATHERED": False, **_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_x[compact]", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x_map",
+    Variant("gated_matmul_bwd_x[compact]", bwd._gated_matmul_bwd_x_kernel, "bwd_x_map",
             {"GATHERED": True, "r_ptr": None, "c_ptr": None, **_FROZEN}),
     Variant("gated_matmul_fwd[tf32]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
             {"PRECISION": "tf32", **_both("gaussian"), **_SAMPLED}),
-    Variant("gated_matmul_bwd_x[tf32]", gated_matmul._gated_matmul_bwd_x_kernel, "bwd_x",
+    Variant("gated_matmul_bwd_x[tf32]", bwd._gated_matmul_bwd_x_kernel, "bwd_x",
             {"PRECISION": "tf32", "GATHERED": False, **_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_w[tf32]", gated_matmul._gated_matmul_bwd_w_kernel, "bwd_w",
+    Variant("gated_matmul_bwd_w[tf32]", bwd._gated_matmul_bwd_w_kernel, "bwd_w",
             {"PRECISION": "tf32", **_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_r", gated_matmul._gated_matmul_bwd_r_kernel, "bwd_r",
+    Variant("gated_matmul_bwd_r", bwd._gated_matmul_bwd_r_kernel, "bwd_r",
             {"GATHERED": False, **_DENSE, **_INNER}),
-    Variant("gated_matmul_bwd_w", gated_matmul._gated_matmul_bwd_w_kernel, "bwd_w",
+    Variant("gated_matmul_bwd_w", bwd._gated_matmul_bwd_w_kernel, "bwd_w",
             {**_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_gates[fused]", gated_matmul._gated_matmul_bwd_gates_kernel, REDUCE,
+    Variant("gated_matmul_bwd_gates[fused]", bwd._gated_matmul_bwd_gates_kernel, REDUCE,
             {"DISTRIBUTION": "gaussian", "DIVIDE_COLUMN": False, **_REDUCED}),
-    Variant("gated_matmul_bwd_gates[fold]", gated_matmul._gated_matmul_bwd_gates_kernel, REDUCE,
+    Variant("gated_matmul_bwd_gates[fold]", bwd._gated_matmul_bwd_gates_kernel, REDUCE,
             {"DISTRIBUTION": "hard_concrete", "DIVIDE_COLUMN": True, **_REDUCED}),
     Variant("fold_fwd[gaussian]", fold._fold_fwd_kernel, STREAM, {**_both("gaussian"), **_INNER}),
     Variant("fold_fwd[hard_concrete]", fold._fold_fwd_kernel, STREAM,
@@ -156,7 +157,7 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
                 table = variant.table.replace("bwd_r", "bwd_x")
                 for tile in GEMM[table, bits][TARGETS[target].family]:
                     if variant.table == "bwd_r":
-                        tile = gated_matmul.bwd_r_tile(tile)
+                        tile = bwd.bwd_r_tile(tile)
                     listed.append(Job(index, target, dtype, gemm_options(tile)))
     return list({job.key: job for job in listed}.values())
 

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .gate import gate_tile
-from .gated_matmul import Gates
 from .launch import OPTIONS, STREAM, cdiv
+from .operands import Gates
 
 
 @triton.jit
@@ -86,10 +86,8 @@ def _fold_bwd_kernel(
         )  # fmt: skip
 
 
-def fold_fwd(
-    w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None, gates: Gates
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the fold of w [N, K] and b [N]; sampled gates are written to r and c.
+def fold_fwd(w: Tensor, b: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:
+    """Launch the fold of w [N, K] and b [N]; sampled gates are written to their r and c.
 
     Returns:
         w' and b', contiguous, of w's dtype.
@@ -98,7 +96,7 @@ def fold_fwd(
     w_out = torch.empty(n, k, dtype=w.dtype, device=w.device)
     b_out = None if b is None else torch.empty_like(b)
     _fold_fwd_kernel[(cdiv(n, STREAM["BLOCK_M"]), cdiv(k, STREAM["BLOCK"]))](
-        w, b, w_out, b_out, r, c, gates.row_logits, gates.column_logits, gates.seed,
+        w, b, w_out, b_out, gates.r, gates.c, *gates.logits, gates.seed,
         n, k, *w.stride(), *gates.scalars, ROW=gates.row, COLUMN=gates.column, **STREAM, **OPTIONS,
     )  # fmt: skip
     return w_out, b_out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, ROW_WISE
+from .launch import GATHER_ROWS, OPTIONS, ROW_WISE
 
 
 @triton.jit
@@ -69,3 +69,10 @@ def norm_gather_fwd(
             NORM=norm, **ROW_WISE, **OPTIONS,
         )  # fmt: skip
     return y
+
+
+def gather_columns(x: Tensor, columns: Tensor | None, always: bool = False) -> tuple[Tensor, bool]:
+    """Return x [M, kept], and whether it was gathered: few tokens are left to the GEMM's loads."""
+    if columns is None or not (always or x.shape[0] > GATHER_ROWS):
+        return x, False
+    return norm_gather_fwd(x, columns), True

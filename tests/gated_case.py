@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from finegates import GateConfig
-from finegates.ops import _triton, reference
+from finegates.ops import _triton_gated, reference
+from finegates.ops.gated_call import GatedCall
 from numerics import assert_no_worse
 
-FUSED = (_triton.gated_matmul_fused, _triton.gated_matmul_backward_fused)
-FOLD = (_triton.gated_matmul_fold, _triton.gated_matmul_backward_fold)
+FUSED = (_triton_gated.gated_matmul_fused, _triton_gated.gated_matmul_backward_fused)
+FOLD = (_triton_gated.gated_matmul_fold, _triton_gated.gated_matmul_backward_fold)
 FROZEN = [True, False, True, True, True]
 PRETRAINING = [True] * 5
 NAMES = ("x", "w", "b", "row_logits", "column_logits")
@@ -23,7 +24,7 @@ NAMES = ("x", "w", "b", "row_logits", "column_logits")
 
 @dataclass
 class Case:
-    """Operands of `gated_matmul` and of its backward, as the implementations take them."""
+    """The operands of one call of `gated_matmul` and of its backward, which a test may change."""
 
     x: Tensor
     w: Tensor
@@ -54,19 +55,11 @@ class Case:
         moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
         return Case(**moved)
 
-    def forward_args(self) -> tuple[Any, ...]:
-        return (
+    def call(self) -> GatedCall:
+        """Return the operands as the implementations take them."""
+        return GatedCall(
             self.x, self.w, self.b, self.row_logits, self.column_logits, self.seed, self.rows,
             self.columns, self.size[0], self.row_layout, self.column_layout, *self.constants,
-        )  # fmt: skip
-
-    def backward_args(
-        self, dy: Tensor, y: Tensor, r: Tensor, c: Tensor, mask: list[bool]
-    ) -> tuple[Any, ...]:
-        return (
-            dy, self.x, self.w, self.b, self.row_logits, self.column_logits, self.seed is not None,
-            self.rows, self.columns, y, r, c, self.row_layout, self.column_layout, *self.constants,
-            mask,
         )  # fmt: skip
 
     def exact(self, dy: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -76,7 +69,7 @@ class Case:
         rows = slice(None) if self.rows is None else self.rows.long()
         columns = slice(None) if self.columns is None else self.columns.long()
         n, k = self.size
-        compact = reference.is_compact(self.rows, self.columns, n, k)
+        compact = self.call().compact
         r = x.new_ones(n) if compact or self.row_logits is None else r.double()
         c = x.new_ones(k) if compact or self.column_logits is None else c.double()
         tokens = math.prod(x.shape[:-1])
@@ -151,16 +144,16 @@ def make(
 def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> None:
     """Compare y and the wanted gradients with fp64, beside plain PyTorch at the same dtype."""
     forward, backward = how
-    y, r, c = forward(*case.forward_args())
-    _, plain_r, plain_c = reference.gated_matmul(*case.forward_args())
+    y, r, c = forward(case.call())
+    _, plain_r, plain_c = reference.gated_matmul(case.call())
     torch.testing.assert_close(r, plain_r, atol=2e-6, rtol=0)
     torch.testing.assert_close(c, plain_c, atol=2e-6, rtol=0)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     exact_y, exact = case.exact(dy, r, c)
     plain_y = plain_forward(case, r, c)
     assert_no_worse(y, plain_y, exact_y)
-    grads = backward(*case.backward_args(dy, y, r, c, mask))
-    plain = reference.gated_matmul_backward(*case.backward_args(dy, plain_y, r, c, mask))
+    grads = backward(case.call(), dy, y, r, c, mask)
+    plain = reference.gated_matmul_backward(case.call(), dy, plain_y, r, c, mask)
     for name, ours, theirs, true, wanted in zip(NAMES, grads, plain, exact, mask, strict=True):
         if not wanted or true is None:
             assert ours.numel() == 0, name
@@ -174,7 +167,7 @@ def plain_forward(case: Case, r: Tensor, c: Tensor) -> Tensor:
     x, y = case.x, case.x.new_zeros(*case.x.shape[:-1], n)
     rows = slice(None) if case.rows is None else case.rows.long()
     columns = slice(None) if case.columns is None else case.columns.long()
-    if not reference.is_compact(case.rows, case.columns, n, k):
+    if not case.call().compact:
         x = x if case.column_logits is None else x * c.to(x.dtype)
         row = None if case.row_logits is None else r[rows].to(x.dtype)
     else:

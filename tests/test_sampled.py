@@ -74,7 +74,7 @@ def test_output_and_gradients_are_the_definition(
     for leaf in leaves.values():
         leaf.requires_grad_()
     y = call(case)
-    _, r, c = ops.gated_matmul.default(*case.forward_args(), "auto")
+    _, r, c = ops.gated_matmul.default(*case.call(), "auto")
     assert not r.requires_grad
     assert not c.requires_grad
     dy = torch.randn(y.shape)
@@ -160,7 +160,7 @@ def test_the_two_paths_agree_on_tied_units(model_type: str) -> None:
 @pytest.mark.parametrize("sides", ["rc", "r", "c", ""])
 def test_opcheck_gated_matmul(distribution: str, sides: str) -> None:
     case = make((2, 3), 9, 7, distribution=distribution, sides=sides)
-    args = case.forward_args()
+    args = case.call()
     for tensor in args[:5]:
         if tensor is not None:
             tensor.requires_grad_()
@@ -171,19 +171,19 @@ def test_opcheck_gated_matmul(distribution: str, sides: str) -> None:
 @pytest.mark.parametrize("mask", [[True] * 5, [False, True] * 2 + [False], [False] * 5], ids=str)
 def test_opcheck_gated_matmul_backward(distribution: str, mask: list[bool]) -> None:
     case = make((2, 3), 9, 7, distribution=distribution)
-    y, r, c = ops.gated_matmul.default(*case.forward_args(), "auto")
-    args = case.backward_args(torch.randn_like(y), y, r, c, mask)
-    torch.library.opcheck(ops.gated_matmul_backward.default, (*args[:-1], "auto", args[-1]))
-    grads = ops.gated_matmul_backward.default(*args[:-1], "auto", args[-1])
+    y, r, c = ops.gated_matmul.default(*case.call(), "auto")
+    args = (torch.randn_like(y), y, r, c, *case.call(), "auto", mask)
+    torch.library.opcheck(ops.gated_matmul_backward.default, args)
+    grads = ops.gated_matmul_backward.default(*args)
     assert len({g.untyped_storage()._cdata for g in grads}) == 5
 
 
 def test_opcheck_compact() -> None:
     case = compact_case()
-    torch.library.opcheck(ops.gated_matmul.default, (*case.forward_args(), "auto"))
-    y, r, c = ops.gated_matmul.default(*case.forward_args(), "auto")
-    args = case.backward_args(torch.randn_like(y), y, r, c, [True] * 5)
-    torch.library.opcheck(ops.gated_matmul_backward.default, (*args[:-1], "auto", args[-1]))
+    torch.library.opcheck(ops.gated_matmul.default, (*case.call(), "auto"))
+    y, r, c = ops.gated_matmul.default(*case.call(), "auto")
+    args = (torch.randn_like(y), y, r, c, *case.call(), "auto", [True] * 5)
+    torch.library.opcheck(ops.gated_matmul_backward.default, args)
 
 
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])

@@ -89,11 +89,11 @@ def test_norm_gather_and_open_mass(norm: str, dtype: torch.dtype) -> None:
 def test_bitwise_run_to_run(distribution: str, dtype: torch.dtype) -> None:
     case = make(4096, 3072, 768, dtype, distribution).to("cuda")
     for forward, backward in (FUSED, FOLD):
-        y, r, c = forward(*case.forward_args())
-        args = case.backward_args(torch.randn_like(y), y, r, c, PRETRAINING)
+        y, r, c = forward(case.call())
+        args = (case.call(), torch.randn_like(y), y, r, c, PRETRAINING)
         first = [y, *backward(*args)]
         for _ in range(5):
-            again = [forward(*case.forward_args())[0], *backward(*args)]
+            again = [forward(case.call())[0], *backward(*args)]
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

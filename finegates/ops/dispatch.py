@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _env, _native
-from . import _cpu, _triton, packing, reference
+from . import _cpu, _triton, _triton_gated, packing, reference
 
 _log = logging.getLogger("finegates")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -105,21 +105,25 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _torch(reference.pruned_linear),
     ),
     "gated_linear": (
-        _triton_entry(_triton.why_not, _triton.gated_linear),
+        _triton_entry(_triton_gated.why_not, _triton_gated.gated_linear),
         _torch(reference.gated_linear),
     ),
     "gated_linear_backward": (
-        _triton_entry(_triton.backward_why_not, _triton.gated_linear_backward),
+        _triton_entry(_triton_gated.backward_why_not, _triton_gated.gated_linear_backward),
         _torch(reference.gated_linear_backward),
     ),
     "gated_matmul": (
-        _triton_entry(_triton.fused_why_not, _triton.gated_matmul_fused, "fused"),
-        _triton_entry(_triton.fold_why_not, _triton.gated_matmul_fold, "folded"),
+        _triton_entry(_triton_gated.fused_why_not, _triton_gated.gated_matmul_fused, "fused"),
+        _triton_entry(_triton_gated.fold_why_not, _triton_gated.gated_matmul_fold, "folded"),
         _torch(reference.gated_matmul),
     ),
     "gated_matmul_backward": (
-        _triton_entry(_triton.fused_backward_why_not, _triton.gated_matmul_backward_fused, "fused"),
-        _triton_entry(_triton.fold_backward_why_not, _triton.gated_matmul_backward_fold, "folded"),
+        _triton_entry(
+            _triton_gated.fused_why_not, _triton_gated.gated_matmul_backward_fused, "fused"
+        ),
+        _triton_entry(
+            _triton_gated.fold_why_not, _triton_gated.gated_matmul_backward_fold, "folded"
+        ),
         _torch(reference.gated_matmul_backward),
     ),
     "norm_gather": (

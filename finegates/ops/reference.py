@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import transformed
+from .gated_call import TENSORS, GatedCall
 
 DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
 _WORD = 0xFFFFFFFF
@@ -363,24 +364,7 @@ def norm_gather(
     return y.to(x.dtype)
 
 
-def gated_matmul(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    row_logits: Tensor | None,
-    column_logits: Tensor | None,
-    seed: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    out_features: int,
-    row_layout: list[int],
-    column_layout: list[int],
-    distribution: str,
-    shift: float,
-    scale: float,
-    beta: float,
-    closed_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_matmul(call: GatedCall) -> tuple[Tensor, Tensor, Tensor]:
     """`gated_linear` with gates sampled from logits, or the compact Linear of open ranking gates.
 
     ``rows`` and ``columns`` that keep every feature say in which order w and b hold them.
@@ -389,30 +373,21 @@ def gated_matmul(
         y [..., N] and the gates r [N], c [K] in fp32; empty where a side has no logits, and for a
         compact weight.
     """
+    x, w, b, row_logits, column_logits, seed, rows, columns = call[:TENSORS]
     r = c = None
-    if is_compact(rows, columns, out_features, x.shape[-1]):
-        y = pruned_linear(x, w, b, rows, columns, out_features)
+    if call.compact:
+        y = pruned_linear(x, w, b, rows, columns, call.out_features)
     else:
         keys = (None, None) if seed is None else (seed[:1], seed[1:])
-        constants = (distribution, shift, scale, beta)
         if row_logits is not None:
-            r = gate(row_logits, keys[0], row_layout, out_features, *constants)
+            r = gate(row_logits, keys[0], call.row_layout, call.out_features, *call.law)
         if column_logits is not None:
-            c = gate(column_logits, keys[1], column_layout, x.shape[-1], *constants)
+            c = gate(column_logits, keys[1], call.column_layout, call.in_features, *call.law)
         placed = x if columns is None else x[..., columns.long()]
         y = gated_linear(placed, w, b, _cast(r, rows, w), _cast(c, columns, w))
-        y = _spread(y, rows, out_features)
+        y = _spread(y, rows, call.out_features)
     r, c = (x.new_empty(0, dtype=torch.float32) if z is None else z for z in (r, c))
     return y, r, c
-
-
-def is_compact(
-    rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
-) -> bool:
-    """Return whether an index map leaves features out, instead of only reordering them."""
-    return (rows is not None and rows.shape[0] != out_features) or (
-        columns is not None and columns.shape[0] != in_features
-    )
 
 
 def _cast(z: Tensor | None, index_map: Tensor | None, w: Tensor) -> Tensor | None:
@@ -423,26 +398,7 @@ def _cast(z: Tensor | None, index_map: Tensor | None, w: Tensor) -> Tensor | Non
 
 
 def gated_matmul_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    row_logits: Tensor | None,
-    column_logits: Tensor | None,
-    noise: bool,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    y: Tensor,
-    r: Tensor,
-    c: Tensor,
-    row_layout: list[int],
-    column_layout: list[int],
-    distribution: str,
-    shift: float,
-    scale: float,
-    beta: float,
-    closed_grad: bool,
-    mask: list[bool],
+    call: GatedCall, dy: Tensor, y: Tensor, r: Tensor, c: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `gated_matmul`: `gated_linear_backward`, then dz/dθ from the values alone.
 
@@ -451,10 +407,9 @@ def gated_matmul_backward(
     Returns:
         dx, dw, db, drow_logits, dcolumn_logits; what ``mask`` doesn't want is empty.
     """
-    compact = is_compact(rows, columns, dy.shape[-1], x.shape[-1])
-    if compact:
-        r, c = torch.ones(dy.shape[-1]), torch.ones(x.shape[-1])
-        r, c = r.to(w.device), c.to(w.device)
+    x, w, b, row_logits, column_logits, seed, rows, columns = call[:TENSORS]
+    if call.compact:
+        r, c = (torch.ones(n, device=w.device) for n in (call.out_features, call.in_features))
     kept_rows = slice(None) if rows is None else rows.long()
     kept_columns = slice(None) if columns is None else columns.long()
     dx, dw, db, dr, dc = gated_linear_backward(
@@ -465,18 +420,19 @@ def gated_matmul_backward(
         None if row_logits is None else r[kept_rows].to(w.dtype),
         None if column_logits is None else c[kept_columns].to(w.dtype),
         y[..., kept_rows],
-        closed_grad,
+        call.closed_grad,
         mask,
     )
     if mask[0]:
-        dx = _spread(dx, columns, x.shape[-1])
-    constants = (distribution, shift, scale, beta, closed_grad or compact)
+        dx = _spread(dx, columns, call.in_features)
+    tail = (*call.law, call.closed_grad or call.compact)
+    noise = seed is not None
     if row_logits is not None and mask[3]:
-        dr = _spread(dr, rows, dy.shape[-1])
-        dr = gate_logit_gradient(dr, r, row_logits, noise, row_layout, *constants)
+        dr = _spread(dr, rows, call.out_features)
+        dr = gate_logit_gradient(dr, r, row_logits, noise, call.row_layout, *tail)
     if column_logits is not None and mask[4]:
-        dc = _spread(dc, columns, x.shape[-1])
-        dc = gate_logit_gradient(dc, c, column_logits, noise, column_layout, *constants)
+        dc = _spread(dc, columns, call.in_features)
+        dc = gate_logit_gradient(dc, c, column_logits, noise, call.column_layout, *tail)
     return dx, dw, db, dr, dc
 
 

@@ -15,24 +15,17 @@ from torch.library import register_fake
 
 from . import dispatch, reference
 from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
+from .gated_call import SCHEMA, TENSORS, GatedCall
 from .reference import DISTRIBUTIONS
 from .schema import _library as library
 from .schema import ops
 
 NORMS = ("none", "rms", "layer")
 
+library.define(f"gated_matmul({SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)")
 library.define(
-    "gated_matmul(Tensor x, Tensor w, Tensor? b, Tensor? row_logits, Tensor? column_logits, "
-    "Tensor? seed, Tensor? rows, Tensor? columns, int out_features, int[2] row_layout, "
-    "int[2] column_layout, str distribution, float shift, float scale, float beta, "
-    "bool closed_grad, str backend) -> (Tensor, Tensor, Tensor)"
-)
-library.define(
-    "gated_matmul_backward(Tensor dy, Tensor x, Tensor w, Tensor? b, Tensor? row_logits, "
-    "Tensor? column_logits, bool noise, Tensor? rows, Tensor? columns, Tensor y, Tensor r, "
-    "Tensor c, int[2] row_layout, int[2] column_layout, str distribution, float shift, "
-    "float scale, float beta, bool closed_grad, str backend, bool[5] mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"gated_matmul_backward(Tensor dy, Tensor y, Tensor r, Tensor c, {SCHEMA}, str backend, "
+    "bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "norm_gather(Tensor x, Tensor columns, Tensor? weight, Tensor? bias, float eps, str norm, "
@@ -102,23 +95,40 @@ def gated_matmul(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
     check_matrix(x, w, every_column=columns is None)
-    check_dtype("x", x, w)
     n_out = w.shape[0] if out_features is None else out_features
+    call = GatedCall(
+        x, w, b, row_logits, column_logits, seed, rows, columns, n_out,
+        _span_width(row_layout, n_out), _span_width(column_layout, x.shape[-1]),
+        distribution, *constants, closed_grad,
+    )  # fmt: skip
+    _check(call)
+    y: Tensor = ops.gated_matmul.default(*call, backend)[0]
+    return y
+
+
+def _span_width(layout: tuple[int, int] | None, size: int) -> list[int]:
+    """Return a side's (span, width); an untied side's unit is the feature itself."""
+    return [max(size, 1)] * 2 if layout is None else list(layout)
+
+
+def _check(call: GatedCall) -> None:
+    """Check what `check_matrix` hasn't seen of a call."""
+    x, w, b, _, _, seed, rows, columns = call[:TENSORS]
+    check_dtype("x", x, w)
     for name, vector, side in (("b", b, 0), ("rows", rows, 0), ("columns", columns, 1)):
         if vector is not None:
             check_vector(name, vector, w, side)
     if b is not None:
         check_dtype("b", b, w)
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-    compact = reference.is_compact(rows, columns, n_out, x.shape[-1])
-    if compact and (distribution != "ranking" or closed_grad):
+    if call.distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {call.distribution!r}")
+    if call.compact and (call.distribution != "ranking" or call.closed_grad):
         raise ValueError(
             "a compact weight fits ranking gates without closed_grad only, got "
-            f"distribution={distribution!r}, closed_grad={closed_grad}"
+            f"distribution={call.distribution!r}, closed_grad={call.closed_grad}"
         )
-    if n_out < w.shape[0] or (rows is None and n_out != w.shape[0]):
-        raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
+    if call.out_features < w.shape[0] or (rows is None and call.out_features != w.shape[0]):
+        raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {call.out_features}")
     if seed is not None and (
         seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != x.device
     ):
@@ -126,13 +136,23 @@ def gated_matmul(
             f"seed must be int64 [2] on {x.device}, got {seed.dtype} {tuple(seed.shape)} "
             f"on {seed.device}"
         )
-    row_pair = _layout("row_logits", row_logits, row_layout, n_out, w)
-    column_pair = _layout("column_logits", column_logits, column_layout, x.shape[-1], w)
-    y: Tensor = ops.gated_matmul.default(
-        x, w, b, row_logits, column_logits, seed, rows, columns, n_out, row_pair, column_pair,
-        distribution, *constants, closed_grad, backend,
-    )[0]  # fmt: skip
-    return y
+    _check_side("row_logits", call.row_logits, call.row_layout, call.out_features, x)
+    _check_side("column_logits", call.column_logits, call.column_layout, call.in_features, x)
+
+
+def _check_side(name: str, logits: Tensor | None, layout: list[int], size: int, x: Tensor) -> None:
+    """Check a side's (span, width) against its size, and its logits against both."""
+    if logits is None:
+        return
+    span, width = layout
+    if span < 1 or width < 1 or span % width or size % span:
+        raise ValueError(f"layout of {name} must tile {size} features, got {(span, width)}")
+    units = size // span * width
+    if logits.shape != (units,) or logits.dtype != torch.float32 or logits.device != x.device:
+        raise ValueError(
+            f"{name} must be fp32 [{units}] on {x.device}, got {logits.dtype} "
+            f"{tuple(logits.shape)} on {logits.device}"
+        )
 
 
 def norm_gather(
@@ -222,80 +242,18 @@ def open_mass(
     return mass
 
 
-def _layout(
-    name: str, logits: Tensor | None, layout: tuple[int, int] | None, size: int, w: Tensor
-) -> tuple[int, int]:
-    """Return the (span, width) of a side, checked against its logits; (size, size) when untied."""
-    span, width = (max(size, 1), max(size, 1)) if layout is None else layout
-    if logits is None:
-        return span, width
-    if span < 1 or width < 1 or span % width or size % span and layout is not None:
-        raise ValueError(f"layout of {name} must tile {size} features, got {(span, width)}")
-    units = size if layout is None else size // span * width
-    if logits.shape != (units,) or logits.dtype != torch.float32 or logits.device != w.device:
-        raise ValueError(
-            f"{name} must be fp32 [{units}] on {w.device}, got {logits.dtype} "
-            f"{tuple(logits.shape)} on {logits.device}"
-        )
-    return span, width
-
-
-def _gated_matmul(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    row_logits: Tensor | None,
-    column_logits: Tensor | None,
-    seed: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    out_features: int,
-    row_layout: list[int],
-    column_layout: list[int],
-    distribution: str,
-    shift: float,
-    scale: float,
-    beta: float,
-    closed_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    args = (
-        x, w, b, row_logits, column_logits, seed, rows, columns, out_features, row_layout,
-        column_layout, distribution, shift, scale, beta, closed_grad,
-    )  # fmt: skip
-    result: tuple[Tensor, Tensor, Tensor] = dispatch.choose("gated_matmul", backend, *args).run(
-        *args
-    )
+def _gated_matmul(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, backend = flat
+    call = GatedCall(*operands)
+    result: tuple[Tensor, Tensor, Tensor] = dispatch.choose("gated_matmul", backend, call).run(call)
     return result
 
 
 def _gated_matmul_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    row_logits: Tensor | None,
-    column_logits: Tensor | None,
-    noise: bool,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    y: Tensor,
-    r: Tensor,
-    c: Tensor,
-    row_layout: list[int],
-    column_layout: list[int],
-    distribution: str,
-    shift: float,
-    scale: float,
-    beta: float,
-    closed_grad: bool,
-    backend: str,
-    mask: list[bool],
+    dy: Tensor, y: Tensor, r: Tensor, c: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
-    args = (
-        dy, x, w, b, row_logits, column_logits, noise, rows, columns, y, r, c, row_layout,
-        column_layout, distribution, shift, scale, beta, closed_grad, mask,
-    )  # fmt: skip
+    *operands, backend, mask = flat
+    args = (GatedCall(*operands), dy, y, r, c, mask)
     result: tuple[Tensor, ...] = dispatch.choose("gated_matmul_backward", backend, *args).run(*args)
     return result
 
@@ -347,33 +305,28 @@ for _name, _function in (
 
 
 @register_fake("finegates::gated_matmul", lib=library)  # type: ignore[untyped-decorator]
-def _gated_matmul_fake(
-    x: Tensor, w: Tensor, b: Tensor | None, row_logits: Tensor | None,
-    column_logits: Tensor | None, seed: Tensor | None, rows: Tensor | None,
-    columns: Tensor | None, out_features: int, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    compact = reference.is_compact(rows, columns, out_features, x.shape[-1])
+def _gated_matmul_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = GatedCall(*flat[:-1])
     return (
-        x.new_empty(*x.shape[:-1], out_features),
-        _gate_room(x, row_logits, 0 if compact else out_features),
-        _gate_room(x, column_logits, 0 if compact else x.shape[-1]),
+        call.x.new_empty(*call.x.shape[:-1], call.out_features),
+        _gate_room(call, call.row_logits, call.out_features),
+        _gate_room(call, call.column_logits, call.in_features),
     )
 
 
-def _gate_room(x: Tensor, logits: Tensor | None, size: int) -> Tensor:
+def _gate_room(call: GatedCall, logits: Tensor | None, size: int) -> Tensor:
     """Return room for the values of a side: none for a missing side or a compact weight."""
-    return x.new_empty(0 if logits is None else size, dtype=torch.float32)
+    return call.x.new_empty(0 if logits is None or call.compact else size, dtype=torch.float32)
 
 
 @register_fake("finegates::gated_matmul_backward", lib=library)  # type: ignore[untyped-decorator]
 def _gated_matmul_backward_fake(
-    dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, row_logits: Tensor | None,
-    column_logits: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    wanted = (x, w, b, row_logits, column_logits)
+    dy: Tensor, y: Tensor, r: Tensor, c: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    *operands, _, mask = flat
     return tuple(
-        of.new_empty(of.shape) if want and of is not None else x.new_empty(0)
-        for want, of in zip(rest[-1], wanted, strict=True)
+        of.new_empty(of.shape) if want and of is not None else dy.new_empty(0)
+        for want, of in zip(mask, operands[:5], strict=True)
     )
 
 
@@ -395,24 +348,20 @@ def _open_mass_backward_fake(dout: Tensor, logits: Tensor, *_: Any) -> Tensor:
 def _gated_matmul_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x, w, b, row_logits, column_logits, seed, rows, columns, _, *constants = inputs
     y, r, c = output
     ctx.mark_non_differentiable(r, c)
-    ctx.noise, ctx.constants = seed is not None, constants
     kept = y if ctx.needs_input_grad[3] else None  # as in schema.py
-    ctx.save_for_backward(x, w, b, row_logits, column_logits, rows, columns, kept, r, c)
+    ctx.save_for_backward(*inputs[:TENSORS], kept, r, c)
+    ctx.constants = inputs[TENSORS:]
 
 
 # As in schema.py: a second derivative would lose terms silently.
 @once_differentiable
 def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, b, row_logits, column_logits, rows, columns, y, r, c = ctx.saved_tensors
+    *operands, y, r, c = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
     y = dy if y is None else y  # of y's shape; nobody reads it
-    grads = ops.gated_matmul_backward(
-        dy, x, w, b, row_logits, column_logits, ctx.noise, rows, columns, y, r, c,
-        *ctx.constants, mask,
-    )  # fmt: skip
+    grads = ops.gated_matmul_backward(dy, y, r, c, *operands, *ctx.constants, mask)
     wanted = (g if want else None for g, want in zip(grads, mask, strict=True))
     return (*wanted, *[None] * 12)
 

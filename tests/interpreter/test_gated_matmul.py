@@ -59,7 +59,7 @@ def test_tied_units_share_logit_and_noise(distribution: str, how: Any) -> None:
     assert case.column_logits is not None
     case.row_logits, case.column_logits = case.row_logits[:20], case.column_logits[:36]
     check(case, how, FROZEN)
-    _, r, c = how[0](*case.forward_args())
+    _, r, c = how[0](case.call())
     spread = r.view(2, 6, 10)
     assert torch.equal(spread, spread[:, :1].expand_as(spread))
     assert torch.equal(c.view(3, 2, 12)[:, 0], c.view(3, 2, 12)[:, 1])
@@ -82,12 +82,12 @@ def test_all_closed_is_zero_even_of_nan(mask: list[bool], how: Any) -> None:
         logits.fill_(-20.0)
     case.seed = None
     check(case, how, mask)
-    y, r, c = how[0](*case.forward_args())
+    y, r, c = how[0](case.call())
     assert not torch.cat((y.flatten(), r, c)).any()
     if how is FUSED:
         case.x.fill_(float("nan"))
         case.w.fill_(float("inf"))
-        assert not how[0](*case.forward_args())[0].any()
+        assert not how[0](case.call())[0].any()
 
 
 def test_closed_tiles_are_not_loaded() -> None:
@@ -96,13 +96,13 @@ def test_closed_tiles_are_not_loaded() -> None:
     assert case.row_logits is not None
     assert case.column_logits is not None
     case.row_logits[64:], case.column_logits[64:] = -1.0, -1.0
-    clean = FUSED[0](*case.forward_args())
+    clean = FUSED[0](case.call())
     dy = torch.randn(65, 129)
-    expected = FUSED[1](*case.backward_args(dy, *clean, FROZEN))
+    expected = FUSED[1](case.call(), dy, *clean, FROZEN)
     case.w[64:], case.w[:, 64:], case.x[:, 64:], dy[:, 64:] = (float("nan"),) * 4
-    y, r, c = FUSED[0](*case.forward_args())
+    y, r, c = FUSED[0](case.call())
     assert torch.equal(y, clean[0])
-    got = FUSED[1](*case.backward_args(torch.where(r > 0, dy, 0.0), y, r, c, FROZEN))
+    got = FUSED[1](case.call(), torch.where(r > 0, dy, 0.0), y, r, c, FROZEN)
     for name, ours, theirs in zip(NAMES, got, expected, strict=True):
         if name != "b":
             assert torch.equal(ours, theirs), name
@@ -123,10 +123,10 @@ def test_non_contiguous(mask: list[bool], how: Any) -> None:
 def test_runs_are_bitwise_equal(distribution: str) -> None:
     case = make(65, 129, 70, distribution=distribution)
     for forward, backward in (FUSED, FOLD):
-        y, r, c = forward(*case.forward_args())
-        again = forward(*case.forward_args())
+        y, r, c = forward(case.call())
+        again = forward(case.call())
         assert all(torch.equal(a, b) for a, b in zip((y, r, c), again, strict=True))
-        args = case.backward_args(torch.randn_like(y), y, r, c, PRETRAINING)
+        args = (case.call(), torch.randn_like(y), y, r, c, PRETRAINING)
         first, second = backward(*args), backward(*args)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -137,7 +137,7 @@ def test_nan_logit_gives_nan() -> None:
             case = make(5, 66, 70, distribution=distribution)
             getattr(case, side)[3] = float("nan")
             for forward, _ in (FUSED, FOLD):
-                y = forward(*case.forward_args())[0]
+                y = forward(case.call())[0]
                 assert y[:, 3].isnan().all() if side == "row_logits" else y.isnan().any()
 
 
@@ -172,19 +172,19 @@ def test_compact_weight_of_ranking_gates(
 def test_order_changes_no_result(m: int, distribution: str, mask: list[bool]) -> None:
     """Closed gates last: the same gates, y and gradients, and NaN in closed tiles stays there."""
     case = make(m, 150, 140, distribution=distribution)
-    y, r, c = FUSED[0](*case.forward_args())
+    y, r, c = FUSED[0](case.call())
     dy = torch.randn_like(y)
-    grads = FUSED[1](*case.backward_args(dy, y, r, c, mask))
+    grads = FUSED[1](case.call(), dy, y, r, c, mask)
     case.rows, case.columns = closed_last(r), closed_last(c)
     rows, columns = case.rows.long(), case.columns.long()
     assert case.b is not None
     case.w, case.b = case.w[rows][:, columns].contiguous(), case.b[rows]
     check(case, FUSED, mask)
-    ordered, same_r, same_c = FUSED[0](*case.forward_args())
+    ordered, same_r, same_c = FUSED[0](case.call())
     assert torch.equal(r, same_r)
     assert torch.equal(c, same_c)
     torch.testing.assert_close(ordered, y, rtol=1e-5, atol=1e-5)
-    again = FUSED[1](*case.backward_args(dy, y, r, c, mask))
+    again = FUSED[1](case.call(), dy, y, r, c, mask)
     expected = [
         grads[0], grads[1][rows][:, columns] if mask[1] else grads[1], grads[2][rows], *grads[3:]
     ]  # fmt: skip
@@ -193,7 +193,7 @@ def test_order_changes_no_result(m: int, distribution: str, mask: list[bool]) ->
     open_columns = int((c != 0).sum())
     assert open_columns <= 128, "the last tile of columns is closed"
     case.w[:, -(-open_columns // 64) * 64 :] = float("nan")
-    assert torch.equal(FUSED[0](*case.forward_args())[0], ordered)
+    assert torch.equal(FUSED[0](case.call())[0], ordered)
 
 
 def closed_last(gates: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from finegates import FusedGatedLinear, GateConfig, use_backend
 from finegates.gates import Gate
 from finegates.ops import (
-    _triton,
+    _triton_gated,
     dispatch,
     gated_linear,
     gated_matmul,
@@ -323,12 +323,12 @@ def test_opcheck(distribution: str, compact: bool) -> None:
         tensor = getattr(case, name)
         if tensor is not None:
             setattr(case, name, tensor.clone().requires_grad_())
-    torch.library.opcheck(schema.ops.gated_matmul.default, (*case.forward_args(), "auto"))
+    torch.library.opcheck(schema.ops.gated_matmul.default, (*case.call(), "auto"))
     with torch.no_grad():
-        y, r, c = schema.ops.gated_matmul.default(*case.forward_args(), "auto")
-        args = case.backward_args(torch.randn_like(y), y, r, c, [True] * 5)
+        y, r, c = schema.ops.gated_matmul.default(*case.call(), "auto")
+    args = (torch.randn_like(y), y, r, c, *case.call(), "auto", [True] * 5)
     args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
-    torch.library.opcheck(schema.ops.gated_matmul_backward.default, (*args[:-1], "auto", args[-1]))
+    torch.library.opcheck(schema.ops.gated_matmul_backward.default, args)
 
 
 def test_opcheck_of_the_small_ops() -> None:
@@ -346,7 +346,7 @@ def test_opcheck_of_the_small_ops() -> None:
 
 
 def test_only_x_and_y_and_the_gates_are_saved() -> None:
-    """Beside the parameters: x, y, and 4 (N + K) bytes of gate values."""
+    """Beside the parameters: x, y, 4 (N + K) bytes of gate values and the seed's 16."""
     layer = layer_of("gaussian")
     layer.weight.requires_grad_(False)
     x = torch.randn(33, 70, requires_grad=True)
@@ -360,7 +360,7 @@ def test_only_x_and_y_and_the_gates_are_saved() -> None:
         y = layer(x)
     owned = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr(), y.data_ptr()}
     extra = {t.data_ptr(): t.nbytes for t in saved if t.data_ptr() not in owned}
-    assert sum(extra.values()) == 4 * (70 + 66)
+    assert sum(extra.values()) == 4 * (70 + 66) + 16
 
 
 def test_refusals_have_reasons() -> None:
@@ -397,7 +397,7 @@ def test_refusals_have_reasons() -> None:
 def test_sizes_beyond_int32_are_refused_before_launch() -> None:
     """A 2³¹-row x as a stride-0 view: no memory, and no launch."""
     x = torch.zeros(1, 3).expand(2**31, 3)
-    reason = _triton.why_not(x, torch.zeros(4, 3), None, None, None)
+    reason = _triton_gated.why_not(x, torch.zeros(4, 3), None, None, None)
     assert reason is not None
     assert "a size is above" in reason
 
@@ -405,11 +405,9 @@ def test_sizes_beyond_int32_are_refused_before_launch() -> None:
 def test_choice_between_fused_and_fold_says_why() -> None:
     def reasons(m: int, n: int, k: int, **changes: Any) -> tuple[str | None, str | None]:
         case = make(1, 1, 1, **changes)
-        args = list(case.forward_args())
-        args[0], args[1] = torch.empty(1, 1).expand(m, k), torch.empty(1, 1).expand(n, k)
-        args[0], args[1] = args[0].half(), args[1].half()
-        args[2] = None
-        return _triton.fused_why_not(*args), _triton.fold_why_not(*args)
+        one = torch.empty(1, 1).half()
+        call = case.call()._replace(x=one.expand(m, k), w=one.expand(n, k), b=None)
+        return _triton_gated.fused_why_not(call), _triton_gated.fold_why_not(call)
 
     fused, fold = reasons(4096, 768, 768)
     assert fold is None

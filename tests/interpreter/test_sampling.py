@@ -16,7 +16,8 @@ from torch import Tensor
 from finegates import FusedGatedLinear, GateConfig
 from finegates.kernels.fold import fold_fwd
 from finegates.kernels.gate import gate_tile
-from finegates.kernels.gated_matmul import Gates, gated_matmul_fwd
+from finegates.kernels.gated_matmul import gated_matmul_fwd
+from finegates.kernels.operands import Gates, Weight
 from finegates.ops import reference
 
 DRAWS = 1_000_000
@@ -138,10 +139,12 @@ def test_every_kernel_draws_the_same() -> None:
     )
     w = torch.randn(n, k)
     vectors = []
-    for run in (lambda r, c: fold_fwd(w, None, r, c, gates),
-                lambda r, c: gated_matmul_fwd(torch.ones(3, k), w, None, r, c, gates)):  # fmt: skip
+    for run in (
+        lambda gates: fold_fwd(w, None, gates),
+        lambda gates: gated_matmul_fwd(torch.ones(3, k), Weight(w), gates),
+    ):
         r, c = torch.full((n,), float("nan")), torch.full((k,), float("nan"))
-        run(r, c)
+        run(gates._replace(r=r, c=c))
         vectors.append((r, c))
     for a, b in zip(*vectors, strict=True):
         assert torch.equal(a, b)

@@ -13,12 +13,10 @@ from triton.runtime import interpreter
 
 from finegates import FusedGatedLinear, GateConfig
 from finegates.kernels import launch, traffic
-from finegates.kernels.gated_matmul import (
-    _gated_matmul_fwd_kernel,
-    gated_matmul_bwd_x,
-    gated_matmul_fwd,
-)
-from finegates.ops import _triton
+from finegates.kernels.gated_matmul import _gated_matmul_fwd_kernel
+from finegates.kernels.gated_matmul_bwd import gated_matmul_bwd_x
+from finegates.kernels.operands import Gates, Weight
+from finegates.ops import _triton_gated
 from gated_case import make
 
 
@@ -95,12 +93,7 @@ def open_case(m: int, n: int, k: int, dtype: torch.dtype) -> Any:
 def test_forward(shape: Any, dtype: torch.dtype, recorder: Recorder) -> None:
     case = open_case(*shape, dtype)
     m, n, k = shape
-    r, c = torch.zeros(n), torch.zeros(k)
-    gates = _triton._sampled_gates(
-        case.row_logits, case.column_logits, case.seed, case.row_layout, case.column_layout,
-        *case.constants[:-1],
-    )  # fmt: skip
-    y = gated_matmul_fwd(case.x, case.w, case.b, r, c, gates)
+    y, r, c = _triton_gated.gated_matmul_fused(case.call())
     tile = launch.gemm_tile("fwd", case.x, m, n, k)
     model = traffic.forward(m, n, k, dtype.itemsize, tile)
     named = {"x": case.x, "w": case.w, "b": case.b, "row_logits": case.row_logits}
@@ -116,7 +109,7 @@ def test_backward(shape: Any, dtype: torch.dtype, recorder: Recorder) -> None:
     m, n, k = shape
     dy, y = torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
     r, c = torch.full((n,), 0.5), torch.full((k,), 0.5)
-    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.w, case.x, y, r, c, (True,) * 4)
+    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.x, y, Weight(case.w), Gates(r=r, c=c), (True,) * 4)
     model = traffic.backward(m, n, k, dtype.itemsize, launch.gemm_tile("bwd_x", case.x, m, n, k))
     named = {"dy": dy, "w": case.w, "x": case.x, "y": y, "r": r, "c": c}
     named |= {"dx": dx, "dc": dc, "dr": dr, "db": db}
@@ -128,13 +121,13 @@ def test_closed_tiles_are_not_read(recorder: Recorder) -> None:
     m, n, k = 64, 128, 192
     case = open_case(m, n, k, torch.float32)
     case.row_logits[64:], case.column_logits[64:] = -9.0, -9.0
-    y, r, c = _triton.gated_matmul_fused(*case.forward_args())
+    y, r, c = _triton_gated.gated_matmul_fused(case.call())
     loads, _, _ = recorder.by_tensor(named := {**tensors_of(case), "y": y, "r": r, "c": c})
     assert loads["x"] == 4 * m * 64
     assert loads["w"] == (m // 32) * 4 * 64 * 64
     recorder.accesses.clear()
     dy = torch.randn(m, n)
-    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.w, case.x, y, r, c, (True,) * 4)
+    dx, dc, dr, db = gated_matmul_bwd_x(dy, case.x, y, Weight(case.w), Gates(r=r, c=c), (True,) * 4)
     loads, _, _ = recorder.by_tensor({**named, "dy": dy, "dx": dx, "dc": dc, "dr": dr, "db": db})
     assert loads["w"] == (m // 32) * 4 * 64 * 64
     assert loads["x"] == 4 * m * 64
@@ -166,11 +159,11 @@ def test_launches_of_a_step(frozen: bool, recorder: Recorder) -> None:
     layer.weight.requires_grad_(not frozen)
     x = torch.randn(5, 70, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton, "_fold_wins", lambda *_: (None, "a test wants it fused"))
+        patch.setattr(_triton_gated, "_fold_wins", lambda *_: (None, "a test wants it fused"))
         layer(x).sum().backward()
         assert recorder.launches == 1 + (2 if frozen else 3)
         recorder.launches = 0
-        patch.setattr(_triton, "_fold_wins", lambda *_: ("a test wants it folded", None))
+        patch.setattr(_triton_gated, "_fold_wins", lambda *_: ("a test wants it folded", None))
         layer(x).sum().backward()
     # Besides these, the matrix products of torch: forward, dx, and the trained weight's.
     assert recorder.launches == 1 + (3 if frozen else 4)
