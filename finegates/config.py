@@ -53,6 +53,11 @@ class GateConfig:
         sigma: standard deviation of the Gaussian noise.
         open_sigma: σ₀ in the Gaussian open probability Φ((tanh θ + offset) / σ₀).
         offset: the shift inside the Gaussian clamp, ½ in the paper.
+        lora_rank: rank of a LoRA inside the gates of every gated layer, 0 for none:
+            y = r ⊙ ((w + (lora_alpha / lora_rank) B A)(c ⊙ x) + b), trained with the gates and
+            folded into the weight by `prune_` (Hu et al. 2021, arXiv 2106.09685).
+        lora_alpha, lora_dropout: scale of the LoRA; dropout of its input in training, in [0, 1).
+        lora_learning_rate: learning rate of A and B in `GatedTrainer`; None takes the Trainer's.
         beta, gamma, zeta: temperature and stretch interval of the hard concrete distribution.
         init_mean, init_std: the starting logits are drawn from N(init_mean, init_std²). A mean of
             None takes the opening edge, the smallest logit whose evaluation value is 1: from there
@@ -86,6 +91,10 @@ class GateConfig:
     ramp: float = 0.3
     penalty_weight: float = 1.0
     gate_learning_rate: float | None = None
+    lora_rank: int = 0
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    lora_learning_rate: float | None = None
     sigma: float = 0.1
     open_sigma: float = 0.5
     offset: float = 0.5
@@ -110,6 +119,8 @@ class GateConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be a bool, got {value!r}")
+        if type(self.lora_rank) is not int or self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be a whole number from 0, got {self.lora_rank!r}")
         if self.objective == "per_axis" and self.distribution == "ranking":
             raise ValueError(
                 "objective 'per_axis' needs gaussian or hard_concrete gates, got 'ranking'"
@@ -142,6 +153,13 @@ class GateConfig:
             ("ramp", 0.0 <= self.ramp <= 1.0 - self.warmup, "in [0, 1 - warmup]"),
             ("penalty_weight", self.penalty_weight >= 0.0, "at least 0"),
             ("gate_learning_rate", self.logits_learning_rate > 0.0, "above 0"),
+            ("lora_alpha", self.lora_alpha > 0.0, "above 0"),
+            ("lora_dropout", 0.0 <= self.lora_dropout < 1.0, "in [0, 1)"),
+            (
+                "lora_learning_rate",
+                self.lora_learning_rate is None or self.lora_learning_rate > 0.0,
+                "above 0",
+            ),
             ("sigma", self.sigma > 0.0, "above 0"),
             ("open_sigma", self.open_sigma > 0.0, "above 0"),
             ("offset", 0.0 < self.offset < 1.0, "in (0, 1)"),

@@ -60,11 +60,16 @@ class Gate(nn.Module):
         """Draw the starting logits from N(start_logit, init_std²)."""
         nn.init.normal_(self.logits, self.config.start_logit, self.config.init_std)
 
-    def forward(self) -> Tensor:
-        """Return the gate values [size] in fp32: a sample in training, `value` in evaluation."""
+    def forward(self, seed: Tensor | None = None) -> Tensor:
+        """Return the gate values [size] in fp32: a sample in training, `value` in evaluation.
+
+        Args:
+            seed (`Tensor` int64 [1], *optional*): of the noise; None draws one.
+        """
         if not self.training or self.config.distribution == "ranking":
             return self.value()
-        seed = torch.randint(0, 2**31 - 1, (1,), device=self.logits.device)
+        if seed is None:
+            seed = torch.randint(0, 2**31 - 1, (1,), device=self.logits.device)
         return self.spread(self._units(self.logits, seed))
 
     def value(self) -> Tensor:

@@ -26,8 +26,9 @@ from .quantizer import gate_config_from
 WEIGHTS_NAME = "gates.safetensors"
 CONFIG_NAME = "gate_config.json"
 
-# The fields that turn a logit into a gate value: with others the same logits mean something else.
-_MEANING = ("distribution", "offset", "beta", "gamma", "zeta")
+# The fields that turn logits into gate values and factors into a LoRA: with others the same tensors
+# mean something else.
+_MEANING = ("distribution", "offset", "beta", "gamma", "zeta", "lora_rank", "lora_alpha")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +44,8 @@ def save_gates(
     Args:
         model: a model that `gate_` has gated.
         folder: made if it doesn't exist; its two files are replaced.
-        logits_only: leave out the other parameters that require a gradient (biases, head).
+        logits_only: leave out the other parameters that require a gradient (biases, LoRA,
+            head).
 
     Raises:
         ValueError: the model has no gated layer, or its layers have different configs.

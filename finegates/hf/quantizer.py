@@ -37,7 +37,9 @@ _LAYER_FIELDS = (
     "in_features", "out_features", "kept_rows", "kept_columns", "bias", "activation"
 )  # fmt: skip
 # Names that only our layers have: stored without a layer to take them, a record is missing.
-_OWN_NAMES = (".row_gate.logits", ".column_gate.logits", ".rows", ".columns")
+_OWN_NAMES = (
+    ".row_gate.logits", ".column_gate.logits", ".lora.down", ".lora.up", ".rows", ".columns"
+)  # fmt: skip
 
 
 class FineGatesConfig(QuantizationConfigMixin):

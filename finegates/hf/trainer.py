@@ -82,7 +82,8 @@ class GateCallback(TrainerCallback):
 class GatedTrainer(Trainer):
     """transformers' Trainer for a gated model: adds `GateCallback` and logs the removed fraction.
 
-    The logits form an optimizer group of their own with ``gate_learning_rate`` and no weight decay.
+    The logits form an optimizer group of their own with ``gate_learning_rate`` and no weight decay,
+    and so do the LoRA's factors where ``lora_learning_rate`` is set.
     Takes the arguments of `transformers.Trainer`; the model must have been through `gate_`.
 
     Raises:
@@ -103,17 +104,15 @@ class GatedTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh:
-            gates = GateMap(self.accelerator.unwrap_model(self.model)).gates()
-            theirs = {id(gate.logits) for gate in gates}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in theirs]
-            optimizer.add_param_group(
-                {
-                    "params": [gate.logits for gate in gates],
-                    "lr": gates[0].config.logits_learning_rate,
-                    "weight_decay": 0.0,
-                }
-            )
+            gates = GateMap(self.accelerator.unwrap_model(self.model))
+            layers = gates.layers.values()
+            config = next(iter(layers)).config
+            logits: list[nn.Parameter] = [gate.logits for gate in gates.gates()]
+            rate = config.logits_learning_rate
+            _move_to_own_group(optimizer, logits, {"lr": rate, "weight_decay": 0.0})
+            if config.lora_rank and config.lora_learning_rate is not None:
+                factors = [p for m in layers if m.lora is not None for p in m.lora.parameters()]
+                _move_to_own_group(optimizer, factors, {"lr": config.lora_learning_rate})
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -122,3 +121,13 @@ class GatedTrainer(Trainer):
         if controller is not None:
             logs = {**logs, "removed": controller.map.removal().fraction}
         super().log(logs, start_time)
+
+
+def _move_to_own_group(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], options: dict[str, float]
+) -> None:
+    """Take parameters out of the optimizer's groups into one of their own."""
+    moved = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
+    optimizer.add_param_group({"params": parameters, **options})

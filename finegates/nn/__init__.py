@@ -1,6 +1,7 @@
-"""Drop-in modules: a Linear with gates, and a Linear with rows and columns removed."""
+"""Drop-in modules: a Linear with gates and perhaps a LoRA inside, one with parts removed."""
 
 from .gated_linear import FusedGatedLinear
+from .lora import LoRA
 from .pruned_linear import PrunedLinear
 
-__all__ = ["FusedGatedLinear", "PrunedLinear"]
+__all__ = ["FusedGatedLinear", "LoRA", "PrunedLinear"]

@@ -11,6 +11,7 @@ from ..config import GateConfig
 from ..gates import Gate
 from ..ops import INTERPRETED, gated_linear, gated_matmul
 from ..ops.checks import transformed
+from .lora import LoRA
 
 
 class _Ordered(NamedTuple):
@@ -25,8 +26,11 @@ class _Ordered(NamedTuple):
 class FusedGatedLinear(nn.Linear):
     """y = r ⊙ ((x ⊙ c) wᵀ + b) with learned gates r [N] on rows and c [K] on columns.
 
+    With ``config.lora_rank`` it is y = r ⊙ ((x ⊙ c)(w + s B A)ᵀ + b), see `LoRA`.
+
     State dict: ``weight``, ``bias`` (only if the base has one), ``row_gate.logits`` and
-    ``column_gate.logits`` (fp32, each only if ``config`` gates that side).
+    ``column_gate.logits`` (fp32, each only if ``config`` gates that side), ``lora.down`` and
+    ``lora.up`` (only with a LoRA).
 
     With all gates open the output is that of the plain Linear: on the torch backend bit for bit,
     also for an x that is not contiguous. Not if x overlaps itself in memory other than by
@@ -47,6 +51,7 @@ class FusedGatedLinear(nn.Linear):
 
     row_gate: Gate | None
     column_gate: Gate | None
+    lora: LoRA | None
 
     def __init__(
         self,
@@ -82,6 +87,9 @@ class FusedGatedLinear(nn.Linear):
         self.config = config
         self.row_gate = Gate(self.out_features, config, device=device) if config.rows else None
         self.column_gate = Gate(self.in_features, config, device=device) if config.columns else None
+        self.lora = None
+        if config.lora_rank:
+            self.lora = LoRA(self.in_features, self.out_features, config, device, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to y [..., N]; gates are sampled in training, noise-free in evaluation.
@@ -89,17 +97,28 @@ class FusedGatedLinear(nn.Linear):
         Raises:
             ValueError: x's last dimension, dtype or device doesn't fit the weight's.
         """
-        if (x.is_cuda or INTERPRETED) and not transformed():
-            return self._sample_in_kernel(x)
-        return gated_linear(
-            x,
-            self.weight,
-            self.bias,
-            None if self.row_gate is None else self.row_gate(),
-            None if self.column_gate is None else self.column_gate(),
-            closed_row_grad=self._closed_grad,
-            backend=self.config.backend,
-        )
+        seed = None
+        if self.training and self.config.distribution != "ranking":
+            seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
+        in_kernel = (x.is_cuda or INTERPRETED) and not transformed()
+        if in_kernel and self.lora is None:
+            return self._sample_in_kernel(x, seed)
+        keys = (None, None) if seed is None else (seed[:1], seed[1:])
+        r = None if self.row_gate is None else self.row_gate(keys[0])
+        c = None if self.column_gate is None else self.column_gate(keys[1])
+        if in_kernel:
+            y = self._sample_in_kernel(x, seed)
+        else:
+            y = gated_linear(
+                x,
+                self.weight,
+                self.bias,
+                r,
+                c,
+                closed_row_grad=self._closed_grad,
+                backend=self.config.backend,
+            )
+        return y if self.lora is None else y + self.lora(x, r, c)
 
     @torch.no_grad()
     def reorder_(self) -> None:
@@ -145,12 +164,9 @@ class FusedGatedLinear(nn.Linear):
     def _closed_grad(self) -> bool:
         return self.config.distribution == "ranking" and self.config.closed_gradient
 
-    def _sample_in_kernel(self, x: Tensor) -> Tensor:
+    def _sample_in_kernel(self, x: Tensor, seed: Tensor | None) -> Tensor:
         """Hand the logits to the op, which samples inside the GEMM: one launch for the layer."""
         row, column, config = self.row_gate, self.column_gate, self.config
-        seed = None
-        if self.training and config.distribution != "ranking":
-            seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
         weight, bias, rows, columns = self._operands()
         return gated_matmul(
             x,

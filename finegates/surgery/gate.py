@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import GateConfig
 from ..gates import Gate
-from ..nn import FusedGatedLinear
+from ..nn import FusedGatedLinear, LoRA
 from .couplings import Architecture, Side, architecture_of
 from .record import record_gated
 
@@ -21,8 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def gate_(model: Model, config: GateConfig | None = None) -> Model:
     """Gate the selected Linears in place, tie their gates, and freeze what the method freezes.
 
-    Trainable afterwards: the gates' logits, the biases of gated layers (``train_bias``), their
-    weights only with ``train_weight``, and parameters that match ``trainable`` (the head).
+    Trainable afterwards: the gates' logits, the LoRA inside them (``lora_rank``), the biases of
+    gated layers (``train_bias``), their weights only with ``train_weight``, and parameters that
+    match ``trainable`` (the head).
 
     Args:
         model: any module; BERT-, RoBERTa- and Llama-like blocks are found by their names.
@@ -32,9 +33,10 @@ def gate_(model: Model, config: GateConfig | None = None) -> Model:
         The same model.
 
     Raises:
-        ValueError: the model is gated already, a pattern matches no Linear, ``modules`` is None for
-            a model whose architecture is unknown, or a selected Linear lies in an
-            `nn.TransformerEncoderLayer`, which reads its Linears' weights past their gates.
+        ValueError: the model is gated already or holds peft's adapters, a pattern matches no
+            Linear, ``modules`` is None for a model whose architecture is unknown, or a selected
+            Linear lies in an `nn.TransformerEncoderLayer`, which reads its Linears' weights past
+            their gates.
     """
     config = GateConfig() if config is None else config
     if any(isinstance(module, FusedGatedLinear) for module in model.modules()):
@@ -80,6 +82,12 @@ def select(model: nn.Module, config: GateConfig, architecture: Architecture) -> 
     Raises:
         ValueError: a pattern matches no Linear, or there is no default for this architecture.
     """
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"model: {name!r} is a Linear inside an adapter ({type(module).__name__}); merge "
+                "it first (merge_and_unload) or train a LoRA inside the gates (lora_rank)"
+            )
     linears = [name for name, module in model.named_modules() if name and type(module) is nn.Linear]
     if config.modules is None:
         names = [name for name in architecture.linears if name in set(linears)]
@@ -157,5 +165,5 @@ def _freeze(model: nn.Module, config: GateConfig, names: Iterable[str]) -> None:
         if linear.bias is not None:
             linear.bias.requires_grad_(config.train_bias)
     for module in model.modules():
-        if isinstance(module, Gate):
-            module.logits.requires_grad_(True)
+        if isinstance(module, (Gate, LoRA)):
+            module.requires_grad_(True)

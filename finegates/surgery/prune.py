@@ -19,11 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def prune_(model: Model) -> Model:
     """Remove every dead row and column in place; the outputs stay those of the gated model.
 
-    A unit is dead when any side of its coupling is closed, see docs/method.md. Fractional gates
-    fold into the weight: r into rows and bias, c into columns. Layers keep the sizes their
-    neighbours see; only MLP-inner features, which nothing else sees, become compact. A layer that
-    loses nothing becomes a plain `nn.Linear`. The removal can't be undone; keep the gated model to
-    change it.
+    A unit is dead when any side of its coupling is closed, see docs/method.md. A LoRA is added to
+    the weight, then fractional gates fold into it: r into rows and bias, c into columns. Layers
+    keep the sizes their neighbours see; only MLP-inner features, which nothing else sees, become
+    compact. A layer that loses nothing becomes a plain `nn.Linear`. The removal can't be undone;
+    keep the gated model to change it.
 
     Args:
         model: a model that `gate_` has gated.
@@ -77,6 +77,8 @@ def _fold(linear: FusedGatedLinear) -> nn.Linear:
     dtype = linear.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     weight = linear.weight.detach().to(wide)
+    if linear.lora is not None:
+        weight = weight + linear.lora.delta().to(wide)
     bias = None if linear.bias is None else linear.bias.detach().to(wide)
     if linear.row_gate is not None:
         r = linear.row_gate.value().to(dtype).to(wide)

@@ -224,6 +224,23 @@ def test_layer_agrees_with_its_cpu_path(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_lora_meets_the_gates_that_the_kernel_samples(distribution: str) -> None:
+    layer = layer_of(distribution, lora_rank=2).train()
+    assert layer.lora is not None
+    torch.nn.init.normal_(layer.lora.up)
+    x = torch.randn(3, 5, 70)
+    calls = count_calls("gated_matmul")
+    ours = step(layer, x)
+    assert calls["triton"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finegates.nn.gated_linear.INTERPRETED", False)
+        plain = step(layer, x)
+    assert len(ours) == len(plain) == 2 + 6
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("sides", ["both", "rows", "columns"])
 @pytest.mark.parametrize("closed_gradient", [True, False])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
