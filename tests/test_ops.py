@@ -350,6 +350,7 @@ def test_gated_linear_refuses(change: dict[str, Any], message: str) -> None:
         ({"rows": None}, "out_features must fit w's 4 rows, got 7"),
         ({"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
         ({"residual": torch.zeros(2, 3, 4)}, r"residual must have shape \(2, 3, 7\), got"),
+        ({"residual": torch.zeros(2, 3, 7, dtype=BF16)}, "residual must have x's dtype torch.floa"),
         ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
         ({"backend": "triton"}, "backend='triton' can't run pruned_linear: "),
     ],
@@ -398,7 +399,6 @@ class TestAutocast:
     def test_pruned_linear_takes_mixed_dtypes(self, grad: bool, dtype: torch.dtype) -> None:
         """Inside a model x may be bf16 already while the weight is fp32."""
         named = pruned_operands()
-        named["residual"] = None
         named["x"] = named["x"].to(dtype)
         exact = {
             n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -407,7 +407,7 @@ class TestAutocast:
         named["w"].requires_grad_(grad)
         with torch.autocast("cpu", BF16):
             y = pruned_linear(**named)
-        low = {n: v.to(BF16) if n in "xwb" else v for n, v in named.items()}
+        low = {n: v.to(BF16) if n in ("x", "w", "b", "residual") else v for n, v in named.items()}
         assert y.dtype == BF16
         assert_no_worse(y, reference.pruned_linear(**low), reference.pruned_linear(**exact))
 

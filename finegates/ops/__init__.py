@@ -7,8 +7,18 @@ from torch import Tensor
 
 from . import reference, schema
 from ._triton import INTERPRETED
-from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
+from .checks import (
+    autocasts,
+    check_choice,
+    check_dtype,
+    check_matrix,
+    check_residual,
+    check_vector,
+    transformed,
+    wants_gradient,
+)
 from .dispatch import check_differentiable, table, use_backend
+from .packed import pack, packed_glu, packed_linear, packed_linears, unpack
 from .sampled import gated_matmul, norm_gather, open_mass
 
 __all__ = [
@@ -17,8 +27,13 @@ __all__ = [
     "gated_matmul",
     "norm_gather",
     "open_mass",
+    "pack",
+    "packed_glu",
+    "packed_linear",
+    "packed_linears",
     "pruned_linear",
     "table",
+    "unpack",
     "use_backend",
 ]
 
@@ -93,8 +108,8 @@ def pruned_linear(
     Differentiable in x, w, b and the residual: with gradients wanted, and under torch.func and
     forward-mode AD, it runs the reference, since the kernels are for inference; naming another
     backend raises then. The native kernels pack w on first use, and again when an operand has
-    changed or an optimizer has stepped. Under autocast x is cast to its dtype and the weight keeps
-    its own.
+    changed or an optimizer has stepped. Under autocast x and the residual are cast to its
+    dtype and the weight keeps its own.
 
     Args:
         x (`Tensor` [..., K]): input, any leading shape.
@@ -103,7 +118,7 @@ def pruned_linear(
         columns (`Tensor` int32 [k], *optional*): sorted kept input features, None for all.
         out_features: N, defaults to n.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"relu"``.
-        residual (`Tensor` [..., N], *optional*): added to the result.
+        residual (`Tensor` [..., N], *optional*): of x's dtype, added to the result.
         backend: see `use_backend`.
 
     Returns:
@@ -115,6 +130,7 @@ def pruned_linear(
     out_features = w.shape[0] if out_features is None else out_features
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+        residual = None if residual is None else residual.to(x.dtype)
     else:
         check_dtype("x", x, w)
     check_matrix(x, w, every_column=columns is None)
@@ -123,17 +139,9 @@ def pruned_linear(
             check_vector(name, vector, w, side)
     if out_features < w.shape[0] or (rows is None and out_features != w.shape[0]):
         raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {out_features}")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {reference.ACTIVATIONS}, got {activation!r}")
-    if residual is not None and residual.shape != (*x.shape[:-1], out_features):
-        raise ValueError(
-            f"residual must have shape {(*x.shape[:-1], out_features)}, got {tuple(residual.shape)}"
-        )
-    if (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, w, b, residual))
-        or transformed()
-    ):
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    check_residual(residual, x, out_features)
+    if wants_gradient(x, w, b, residual) or transformed():
         check_differentiable("pruned_linear", backend)
         return reference.pruned_linear(x, w, b, rows, columns, out_features, activation, residual)
     y: Tensor = schema.ops.pruned_linear.default(

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .checks import check_choice
+from .reference import Operands
 
 _C: Any = _native._C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+MOST_LAYERS = 8  # of one `pruned_linears` call, as in csrc/pruned_linear.cpp
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = {**_TYPES, torch.int8: 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -42,16 +45,6 @@ class Layout(NamedTuple):
     has_columns: bool
     bias_offset: int
     scale_offset: int
-
-
-class Operands(NamedTuple):
-    """What went into a packed tensor; ``scale`` only with an int8 weight."""
-
-    weight: Tensor
-    bias: Tensor | None
-    rows: Tensor | None
-    columns: Tensor | None
-    scale: Tensor | None
 
 
 def why_not(x: Tensor, weight: Tensor | None = None) -> str | None:
@@ -250,7 +243,7 @@ def pruned_linear(
         return _converted(x, packed, out_features, activation, residual)
     code = ACTIVATIONS.get(activation)
     if code is None:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     shape = x.shape
     if len(shape) == 2:
         m, k = shape
@@ -299,7 +292,7 @@ def pruned_linears(
     """Return ``[pruned_linear(x, p, n) for p, n in zip(packed, out_features)]`` in one call.
 
     For layers that read the same input (query, key, value; gate, up): one parallel region, and x
-    is gathered once for layers that keep the same columns. At most 8 layers.
+    is gathered once for layers that keep the same columns. At most `MOST_LAYERS`.
     """
     wide, kind, stride = _operand(x)
     *leading, k = wide.shape
@@ -332,8 +325,7 @@ def pruned_glu(
         out_features (`int`): the full output size of both.
         activation (`str`): silu (SwiGLU), gelu or gelu_tanh (GEGLU), relu or none.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    check_choice("activation", activation, tuple(ACTIVATIONS))
     wide, kind, stride = _operand(x)
     gate, up = _aligned(gate), _aligned(up)
     *leading, k = wide.shape

@@ -31,6 +31,28 @@ def transforms_run() -> bool:
     )
 
 
+def wants_gradient(*operands: Tensor | None) -> bool:
+    """Return whether grad mode is on and an operand requires a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Check an argument that has a few values."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_residual(residual: Tensor | None, x: Tensor, out_features: int) -> None:
+    """Check what is added to a result [..., N] of x [..., K]."""
+    if residual is None:
+        return
+    shape = (*x.shape[:-1], out_features)
+    if residual.shape != shape:
+        raise ValueError(f"residual must have shape {shape}, got {tuple(residual.shape)}")
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
+
+
 def check_matrix(x: Tensor, w: Tensor, every_column: bool = True) -> None:
     """Check that w is a matrix that x [..., K] can meet, on one device."""
     if w.dim() != 2:

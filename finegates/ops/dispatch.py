@@ -91,6 +91,32 @@ def _pruned_linear_native(
     return _cpu.pruned_linear(x, entry.packed, out_features, activation, residual)
 
 
+def _packed_why_not(x: Tensor, *_: object) -> str | None:
+    return _cpu.why_not(x)
+
+
+def _packed_linear_torch(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    return reference.packed_linear(x, _cpu.unpack(packed), *args)
+
+
+def _packed_linears_torch(x: Tensor, packed: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    return reference.packed_linears(x, [_cpu.unpack(p) for p in packed], sizes)
+
+
+def _packed_glu_torch(x: Tensor, gate: Tensor, up: Tensor, *args: Any) -> Tensor:
+    return reference.packed_glu(x, _cpu.unpack(gate), _cpu.unpack(up), *args)
+
+
+def _packed_row(
+    native: Callable[..., Any], unpacked: Callable[..., Any]
+) -> tuple[Implementation, ...]:
+    """Nothing is packed without the extension, so torch needs it here as well."""
+    return (
+        Implementation("native", _packed_why_not, native, _native.reason),
+        Implementation("torch", lambda *_: _native.reason(), unpacked, _native.reason),
+    )
+
+
 def _triton_entry(
     why_not: Callable[..., str | None], run: Callable[..., Any], variant: str = ""
 ) -> Implementation:
@@ -104,6 +130,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _triton_entry(_triton.pruned_why_not, _triton.pruned_linear),
         _torch(reference.pruned_linear),
     ),
+    "packed_linear": _packed_row(_cpu.pruned_linear, _packed_linear_torch),
+    "packed_linears": _packed_row(_cpu.pruned_linears, _packed_linears_torch),
+    "packed_glu": _packed_row(_cpu.pruned_glu, _packed_glu_torch),
     "gated_linear": (
         _triton_entry(_triton_gated.why_not, _triton_gated.gated_linear),
         _torch(reference.gated_linear),

@@ -16,6 +16,26 @@ _TYPES = (torch.float32, torch.bfloat16)
 _CLASSES = (Tensor, nn.Parameter)
 
 
+def is_plain(x: Tensor) -> bool:
+    """Return whether the native kernels may take x without asking the dispatcher.
+
+    That is: a plain fp32 or bf16 CPU tensor, and no autocast, tracing, torch.func, forward-mode AD,
+    named backend or log. Whether a gradient is wanted is for the caller to see.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or x.dtype not in _TYPES
+        or x.is_neg()
+        or transforms_run()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or _native._C is None
+        or torch.is_autocast_enabled("cpu")
+        or not dispatch.is_free()
+    )
+
+
 class EagerLinear:
     """Calls the native kernel for one layer, and keeps what the layer's operands were packed to."""
 
@@ -42,24 +62,16 @@ class EagerLinear:
     ) -> Tensor | None:
         """Return `pruned_linear`'s result, or None where the op has to decide.
 
-        That is: other types than plain fp32 and bf16 CPU tensors, gradients wanted, autocast,
-        tracing, torch.func and forward-mode AD, a named backend, or the log switched on. The pack
-        is let go then: whatever moved or replaced the weight, the old one isn't kept for good.
+        That is: x is not plain, gradients are wanted, or the weight has another dtype or was made
+        in inference mode. The pack is let go then: whatever moved or replaced the weight, the old
+        one isn't kept for good.
         """
         if torch.compiler.is_compiling():
             return None
         if (
-            type(x) is not Tensor
+            not is_plain(x)
             or type(w) not in _CLASSES
-            or not x.is_cpu
-            or x.dtype not in _TYPES
             or w.dtype is not x.dtype
-            or x.is_neg()
-            or transforms_run()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-            or _native._C is None
-            or torch.is_autocast_enabled("cpu")
-            or not dispatch.is_free()
             or torch.is_grad_enabled()
             and (x.requires_grad or w.requires_grad or b is not None and b.requires_grad)
             or w.is_inference()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,47 @@ def pruned_linear(
     if rows is not None:
         y = y.new_zeros(*y.shape[:-1], out_features).index_copy(-1, rows.long(), y)
     return y if residual is None else y + residual
+
+
+class Operands(NamedTuple):
+    """What a packed tensor holds; ``scale`` [n] only with an int8 weight."""
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+    scale: Tensor | None
+
+
+def packed_linear(
+    x: Tensor,
+    layer: Operands,
+    out_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`pruned_linear` with weight ⊙ scale, in the wider of its dtype and x's."""
+    w, b, rows, columns, scale = layer
+    w = w if scale is None else w * scale[:, None]
+    wide = torch.promote_types(x.dtype, w.dtype)
+    y = pruned_linear(x.to(wide), w.to(wide), b, rows, columns, out_features, activation)
+    y = y.to(x.dtype)
+    return y if residual is None else y + residual
+
+
+def packed_linears(
+    x: Tensor, layers: Sequence[Operands], out_features: Sequence[int]
+) -> list[Tensor]:
+    """`packed_linear` of each layer."""
+    return [packed_linear(x, layer, n) for layer, n in zip(layers, out_features, strict=True)]
+
+
+def packed_glu(
+    x: Tensor, gate: Operands, up: Operands, out_features: int, activation: str = "silu"
+) -> Tensor:
+    """act(gate(x)) ⊙ up(x)."""
+    y = packed_linear(x, gate, out_features, activation)
+    return y * packed_linear(x, up, out_features)
 
 
 def gate(
