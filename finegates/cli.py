@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 USAGE = """usage: finegates COMMAND [OPTIONS]
 
   finetune   fine-tune an encoder with gates, remove what closes, save, reload, time
+  compare    run methods side by side over tasks, seeds and rates; tabulate them
   info       what runs here and why (also: python -m finegates)
 
 finegates COMMAND --help lists a command's options."""
@@ -15,6 +16,12 @@ finegates COMMAND --help lists a command's options."""
 
 def _finetune(arguments: Sequence[str]) -> None:
     from .recipes.finetune_glue import main
+
+    main(arguments)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    from .recipes.compare import main
 
     main(arguments)
 
@@ -30,7 +37,11 @@ def _info(arguments: Sequence[str]) -> None:
     main()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"finetune": _finetune, "info": _info}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "finetune": _finetune,
+    "compare": _compare,
+    "info": _info,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from .counts import (
     trainable,
 )
 from .figure import plot_kept
+from .spread import spread_table
 from .summary import REPORT_VERSION, Report, Row, markdown, table, write_report
 from .timing import Timing, cpu_name, latency, machine
 
@@ -29,6 +30,7 @@ __all__ = [
     "parameters",
     "plot_kept",
     "removal",
+    "spread_table",
     "table",
     "trainable",
     "write_report",

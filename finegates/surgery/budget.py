@@ -103,6 +103,15 @@ class GateMap:
         """Return the row and column side of every Linear that takes part."""
         return [Side(name, axis) for name in self.linears for axis in AXES]
 
+    def deciding(self) -> dict[Side, Gate | None]:
+        """Return per side the gate that decides it: its own, or that of its tied coupling."""
+        gates = {side: self.gate(side) for side in self.sides()}
+        for coupling in self.couplings:
+            if self.is_tied(coupling):
+                gate = next(gates[side] for side in coupling.sides if gates[side] is not None)
+                gates.update(dict.fromkeys(coupling.sides, gate))
+        return gates
+
     @torch.no_grad()
     def margins(self) -> dict[Side, Tensor]:
         """Return per side the logits minus the closing logit, couplings resolved: the ranking.

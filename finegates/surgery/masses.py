@@ -56,14 +56,11 @@ def layer_masses(gates: GateMap) -> Masses | None:
     None where a coupling has independent gates: its units' probabilities are products, which a sum
     per gate doesn't give (`GateMap.open_probabilities` does).
     """
-    deciding = {side: gates.gate(side) for side in gates.sides()}
     for coupling in gates.couplings:
-        if not gates.is_tied(coupling):
-            if any(gates.gate(side) is not None for side in coupling.sides):
-                return None
-            continue
-        gate = next(g for side in coupling.sides if (g := gates.gate(side)) is not None)
-        deciding.update(dict.fromkeys(coupling.sides, gate))
+        gated = any(gates.gate(side) is not None for side in coupling.sides)
+        if gated and not gates.is_tied(coupling):
+            return None
+    deciding = gates.deciding()
     sides = []
     for name, layer in gates.layers.items():
         sides.append((deciding[Side(name, "row")], layer.out_features))
