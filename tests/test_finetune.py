@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
-    BertTokenizerFast,
     HfArgumentParser,
 )
 
@@ -28,8 +25,7 @@ from finegates.cli import main
 from finegates.recipes import finetune_glue
 from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
 from finegates.recipes.finetune_glue import Finetune
-
-WORDS = [f"word{i}" for i in range(40)]
+from tiny_tasks import write_model, write_split, write_task
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +33,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folders of a tiny BERT with its tokenizer and of a task in SST-2's layout."""
     root = tmp_path_factory.mktemp("tiny")
     model, data = root / "bert", root / "SST-2"
-    model.mkdir()
-    data.mkdir()
-    vocabulary = {
-        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
-    }
-    BertTokenizerFast(vocab=vocabulary).save_pretrained(model)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=96, max_position_embeddings=32, initializer_range=0.2,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(model)
-    for split, rows in (("train", 128), ("dev", 64)):
-        write_task(data / f"{split}.tsv", rows)
+    write_model(model)
+    write_task(data)
     return model, data
-
-
-def write_task(path: Path, rows: int) -> None:
-    """Write sentences of random words, positive where the first word sorts before the last."""
-    rng = random.Random(rows)
-    lines = ["sentence\tlabel"]
-    for _ in range(rows):
-        words = rng.choices(WORDS, k=rng.randint(3, 9))
-        lines.append(f"{' '.join(words)}\t{int(words[0] < words[-1])}")
-    path.write_text("\n".join(lines) + "\n")
 
 
 def words(tiny: tuple[Path, Path], output: Path, *more: str) -> list[str]:
@@ -372,7 +346,7 @@ def test_small_validation_split_and_no_correlation(
     """The batch is as large as the split, and a score that is NaN is null in the report."""
     data = tmp_path / "SST-2"
     shutil.copytree(tiny[1], data)
-    write_task(data / "dev.tsv", 20)
+    write_split(data / "dev.tsv", 20)
     monkeypatch.setattr(Finetune, "_score", lambda self, model: math.nan)
     output = tmp_path / "run"
     assert main(["finetune", *words((tiny[0], data), output)]) == 0
@@ -384,7 +358,7 @@ def test_small_validation_split_and_no_correlation(
 def test_empty_split_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     data = tmp_path / "SST-2"
     shutil.copytree(tiny[1], data)
-    write_task(data / "dev.tsv", 0)
+    write_split(data / "dev.tsv", 0)
     with pytest.raises(ValueError, match="split 'validation' of sst2 must not be empty"):
         job(words((tiny[0], data), tmp_path / "run"))
 
@@ -394,7 +368,7 @@ def test_further_labelled_splits_are_scored(
 ) -> None:
     data = tmp_path / "SST-2"
     shutil.copytree(tiny[1], data)
-    write_task(data / "test_labelled.tsv", 30)
+    write_split(data / "test_labelled.tsv", 30)
     output = tmp_path / "run"
     assert main(["finetune", *words((tiny[0], data), output)]) == 0
     score = json.loads((output / "report.json").read_text())["splits"]["test"]

@@ -45,7 +45,7 @@ class Run:
         method: a key of `METHODS`.
         learning_rate: of everything but the gates' logits.
         gates: fields of `GateConfig` that differ from its defaults, or from `GateConfig.paper`'s
-            with ``paper``.
+            with the method ``"paper"``.
 
     Raises:
         ValueError: the method is unknown, or a field of the gates is wrong.
@@ -59,7 +59,6 @@ class Run:
     max_steps: int = 450
     batch_size: int = 32
     max_length: int = 128
-    paper: bool = False
     gates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,11 +87,13 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Return the flat values that `from_dict` takes."""
         values = dataclasses.asdict(self)
-        return {**values, **values.pop("gates")}
+        gates = values.pop("gates")
+        return {**values, **gates}
 
     def gate_config(self, trainable: Sequence[str] = ()) -> GateConfig:
         """Return the gates' config, with further trainable parameters."""
-        config = GateConfig.paper(**self.gates) if self.paper else GateConfig(**self.gates)
+        paper = self.method == "paper"
+        config = GateConfig.paper(**self.gates) if paper else GateConfig(**self.gates)
         return dataclasses.replace(config, trainable=(*config.trainable, *trainable))
 
 

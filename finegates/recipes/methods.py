@@ -43,7 +43,7 @@ def lora(model: Any, config: GateConfig, batches: Batches) -> Any:
 
 
 def gates(model: Any, config: GateConfig, batches: Batches) -> Any:
-    """Gates, biases and head, as `GateConfig` says."""
+    """Gates, biases and head, as `GateConfig` says; with the method ``"paper"`` the authors'."""
     return gate_(model, config)
 
 
@@ -76,6 +76,7 @@ METHODS: Mapping[str, Prepare] = {
     "head": head,
     "lora": lora,
     "gates": gates,
+    "paper": gates,
     "magnitude": magnitude,
     "activation": activation,
     "2:4": two_of_four,
