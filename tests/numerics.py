@@ -1,4 +1,17 @@
-"""The one tolerance rule of the test suite; import it as ``from numerics import ...``."""
+"""The one tolerance rule of the test suite; import it as ``from numerics import ...``.
+
+A result may err twice as much as plain PyTorch at the same dtype. For an op the error is the
+largest one (`assert_no_worse`): each output has roundings of its own, so that the largest of many
+hardly depends on their luck. For a whole model it is the root mean square over outputs and a few
+draws of its weights (`assert_models_no_worse`). There one rounding in an early layer reaches every
+output, amplified along the few directions that attention and norms amplify, so that the largest
+error of one model is about one draw from a wide law, and twice a lucky draw refuses equals: the
+gated fp32 Qwen2 of test_prune, evaluated with the columns of its Linears summed in 200 random
+orders, errs by 2.1e-6 to 1.15e-5 where its own order errs by 3.6e-6, and 5 % of these orders fail
+against that one. The root mean square averages over directions and draws: for equals its ratio is
+near 1 (pruned to gated, 160 draws: 1.80 for the worst, 1.62 for the worst 4 together), while a step
+that loses precision raises it for every draw.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +45,31 @@ def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, magnitude: float
     allowed += torch.finfo(torch.float32).eps * magnitude
     # A NaN anywhere makes the comparison false.
     assert error <= allowed, f"error {error:.3e} above the allowed {allowed:.3e}"
+
+
+def assert_models_no_worse(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """Assert rms(ours - exact) <= 2 rms(plain - exact) + eps rms(exact) over outputs and draws.
+
+    Args:
+        ours, plain, exact: outputs of several draws of a model, as `assert_no_worse` takes one.
+    """
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert a.dtype == b.dtype, f"dtype {a.dtype} instead of {b.dtype}"
+        assert a.shape == b.shape == c.shape, f"shape {a.shape} not {c.shape}"
+        assert c.dtype == torch.float64
+    truth = _flat(exact)
+    error = _rms(_flat(ours) - truth)
+    allowed = 2.0 * _rms(_flat(plain) - truth) + torch.finfo(plain[0].dtype).eps * _rms(truth)
+    # A NaN anywhere makes the comparison false.
+    assert error <= allowed, f"error {error:.3e} above the allowed {allowed:.3e}"
+
+
+def _flat(draws: list[Tensor]) -> Tensor:
+    return torch.cat([draw.flatten() for draw in draws]).double()
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

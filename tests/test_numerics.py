@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from numerics import assert_no_worse, relative_difference
+from numerics import assert_models_no_worse, assert_no_worse, relative_difference
 
 
 def test_rule_takes_twice_the_plain_error_and_no_more() -> None:
@@ -24,6 +24,22 @@ def test_rule_leaves_one_rounding_when_plain_is_exact(dtype: torch.dtype) -> Non
     assert_no_worse(plain + eps, plain, exact)
     with pytest.raises(AssertionError, match="above the allowed"):
         assert_no_worse(plain + 2 * eps, plain, exact)
+
+
+def test_rule_of_models_takes_twice_the_plain_mean_and_no_more() -> None:
+    exact = [torch.randn(3, 40, dtype=torch.float64) for _ in range(2)]
+    noise = [1e-4 * torch.randn(3, 40) for _ in range(2)]
+    plain = [(t + n).float() for t, n in zip(exact, noise, strict=True)]
+    for factor, passes in ((-1.95, True), (1.95, True), (2.05, False), (float("nan"), False)):
+        ours = [(t + factor * n).float() for t, n in zip(exact, noise, strict=True)]
+        if passes:
+            assert_models_no_worse(ours, plain, exact)
+            continue
+        with pytest.raises(AssertionError, match="above the allowed"):
+            assert_models_no_worse(ours, plain, exact)
+    plain[1][0, 0] += 0.01  # one wrong output of 240
+    with pytest.raises(AssertionError, match="above the allowed"):
+        assert_models_no_worse(plain, [plain[0], (exact[1] + noise[1]).float()], exact)
 
 
 def test_rule_refuses_nan_and_another_dtype() -> None:
