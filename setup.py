@@ -217,6 +217,7 @@ if reason is not None:
 
 setup(
     packages=PACKAGES,
+    package_data={"finegates.recipes": ["llama/*.json"]},
     ext_modules=[]
     if reason
     else [Extension("finegates._C", [f"csrc/{name}" for name in sources(platform.machine())])],

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 USAGE = """usage: finegates COMMAND [OPTIONS]
 
   finetune   fine-tune an encoder with gates, remove what closes, save, reload, time
+  posttrain  the same for a pretrained Llama, on plain text
+  pretrain   train a Llama from nothing and remove part of it on the way
   compare    run methods side by side over tasks, seeds and rates; tabulate them
   info       what runs here and why (also: python -m finegates)
 
@@ -16,6 +18,18 @@ finegates COMMAND --help lists a command's options."""
 
 def _finetune(arguments: Sequence[str]) -> None:
     from .recipes.finetune_glue import main
+
+    main(arguments)
+
+
+def _posttrain(arguments: Sequence[str]) -> None:
+    from .recipes.sparse_posttrain_llama import main
+
+    main(arguments)
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    from .recipes.sparse_pretrain_llama import main
 
     main(arguments)
 
@@ -39,6 +53,8 @@ def _info(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": _finetune,
+    "posttrain": _posttrain,
+    "pretrain": _pretrain,
     "compare": _compare,
     "info": _info,
 }
@@ -56,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         command(words[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         return _refuse(words[0], str(error))
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "finegates":

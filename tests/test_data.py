@@ -161,6 +161,22 @@ def test_glue_from_the_hub_keeps_labelled_splits_only(monkeypatch):
     assert splits["validation"].column_names == [*task.text_columns, "label"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "labels", "message"),
+    [
+        (["sentence1"], ["entailment", "not_entailment"], "must have a column 'sentence2', got s"),
+        (["sentence1", "sentence2"], ["yes", "no"], r"labels must be \('entail.*got \('yes', 'no'"),
+    ],
+)
+def test_another_dataset_under_the_hubs_name_is_refused(monkeypatch, columns, labels, message):
+    names = {name: datasets.Value("string") for name in columns}
+    features = datasets.Features({**names, "label": datasets.ClassLabel(names=labels)})
+    rows = datasets.Dataset.from_dict({**{name: ["a"] for name in columns}, "label": [0]}, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=rows))
+    with pytest.raises(ValueError, match=message):
+        data.load_data("glue:rte")
+
+
 def test_an_unreachable_hub_is_one_line(monkeypatch):
     def load(*_):
         raise ConnectionError("Couldn't reach the hub\nlong story")

@@ -22,7 +22,8 @@ from transformers import (
 import finegates.hf
 from finegates import FusedGatedLinear, GateConfig, PrunedLinear
 from finegates.cli import main
-from finegates.recipes import finetune_glue
+from finegates.recipes import finetune_glue, training
+from finegates.recipes import job as recipe
 from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
 from finegates.recipes.finetune_glue import Finetune
 from tiny_tasks import write_model, write_split, write_task
@@ -175,7 +176,7 @@ def test_foreign_folder_is_never_replaced(
         (["--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
         (["--model", "/no/such"], "model '/no/such' can't be loaded"),
         (["--data_dir", "/no/SST-2"], "train.tsv is not a file"),
-        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint must be left out: the same"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint must be True or a checkpoint"),
         (["--load_best_model_at_end", "True"], "load_best_model_at_end must be False: the gates'"),
     ],
 )
@@ -197,7 +198,7 @@ def test_reloaded_model_that_scores_differently_fails_the_job(
     tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.5, 0.5, 0.5, 0.75])
-    monkeypatch.setattr(Finetune, "_score", lambda self, model: next(scores))
+    monkeypatch.setattr(Finetune, "score", lambda self, model: next(scores))
     with pytest.raises(RuntimeError, match="reloaded model scores 0.75"):
         main(["finetune", *words(tiny, tmp_path / "run")])
     assert not (tmp_path / "run" / "report.json").exists()
@@ -292,7 +293,7 @@ def test_all_arms_train_what_they_say(
     def train(self: Any, **kwargs: Any) -> None:
         arms.append(self.model)
 
-    monkeypatch.setattr(finetune_glue.Trainer, "train", train)
+    monkeypatch.setattr(training.Trainer, "train", train)
     with pytest.raises(RuntimeError, match="^0.00% of the gated weights are removed, 40.00% were"):
         main(["finetune", *words((model, tiny[1]), tmp_path / "run", "--distribution", "gaussian")])
     adapted, dense, gated = (
@@ -315,12 +316,12 @@ def test_one_large_unit_may_miss_by_more_than_half_a_point() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     config = finegates.GateConfig(modules=("*",), sparsity=0.45)
     gated = finegates.gate_(model, config)
-    assert finetune_glue._largest_unit(gated) == 4 / 12
+    assert recipe._largest_unit(gated) == 4 / 12
     with torch.no_grad():
         gated[0].row_gate.logits[0] = -1.0
-    finetune_glue._check_removed(gated, config)
+    recipe.check_removed(gated, config)
     with pytest.raises(RuntimeError, match="33.33% of the gated weights are removed, 80.00% were"):
-        finetune_glue._check_removed(gated, replace(config, sparsity=0.8))
+        recipe.check_removed(gated, replace(config, sparsity=0.8))
 
 
 def test_output_folder_is_claimed_late_and_a_lone_part_is_no_run(
@@ -347,7 +348,7 @@ def test_small_validation_split_and_no_correlation(
     data = tmp_path / "SST-2"
     shutil.copytree(tiny[1], data)
     write_split(data / "dev.tsv", 20)
-    monkeypatch.setattr(Finetune, "_score", lambda self, model: math.nan)
+    monkeypatch.setattr(Finetune, "score", lambda self, model: math.nan)
     output = tmp_path / "run"
     assert main(["finetune", *words((tiny[0], data), output)]) == 0
     written = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
@@ -373,7 +374,7 @@ def test_further_labelled_splits_are_scored(
     assert main(["finetune", *words((tiny[0], data), output)]) == 0
     score = json.loads((output / "report.json").read_text())["splits"]["test"]
     assert 0.0 < score <= 1.0
-    assert f"test: accuracy {score:.1%} (reloaded)" in capsys.readouterr().out
+    assert f"test: accuracy {100 * score:.1f} % (reloaded)" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

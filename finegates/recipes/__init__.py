@@ -1,1 +1,1 @@
-"""Ready-made jobs: fine-tuning with gates on GLUE-like tasks, and the data and models they use."""
+"""Ready-made jobs: the three workflows of the paper, and the data and models they use."""

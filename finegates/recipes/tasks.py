@@ -30,16 +30,25 @@ class TaskSpec:
         return self.metrics[0]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    r"""Yield (number from 1, line) of the lines that aren't blank; only ``\n`` ends a line."""
+def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    r"""Yield (number from 1, line with its end); only ``\n`` ends a line.
+
+    Raises:
+        ValueError: a line is no UTF-8; names file and line.
+    """
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} line {number}: not UTF-8 ({error.reason})") from None
-            if line.strip():
-                yield number, line.rstrip("\r\n")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, line without its end) of the lines that aren't blank."""
+    for number, line in decoded_lines(path):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
 
 
 def dataset_dict(task: TaskSpec, splits: Mapping[str, list[tuple[Any, ...]]]) -> Any:

@@ -1,20 +1,24 @@
-"""What a run reports: counts, latencies, kept rows and columns, one table, a figure and JSON."""
+"""What a run reports: counts, latencies, kept rows and columns, one table, figures and JSON."""
 
 from .counts import (
+    GATE_BINS,
     Kept,
     folder_size,
+    gate_histogram,
     kept,
     model_removal,
     parameters,
     removal,
     trainable,
 )
+from .curves import plot_training
 from .figure import plot_kept
 from .spread import spread_table
-from .summary import REPORT_VERSION, Report, Row, markdown, table, write_report
+from .summary import REPORT_VERSION, Report, Row, lines, markdown, table, write_report
 from .timing import Timing, cpu_name, latency, machine
 
 __all__ = [
+    "GATE_BINS",
     "REPORT_VERSION",
     "Kept",
     "Report",
@@ -22,13 +26,16 @@ __all__ = [
     "Timing",
     "cpu_name",
     "folder_size",
+    "gate_histogram",
     "kept",
     "latency",
+    "lines",
     "machine",
     "markdown",
     "model_removal",
     "parameters",
     "plot_kept",
+    "plot_training",
     "removal",
     "spread_table",
     "table",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..gates import Gate
@@ -110,6 +111,21 @@ def parameters(model: nn.Module) -> int:
     """Return the number of parameters without gates; shared ones count once."""
     gates = {id(p) for m in model.modules() if isinstance(m, Gate) for p in m.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in gates)
+
+
+GATE_BINS = 40
+
+
+def gate_histogram(gates: GateMap) -> list[int]:
+    """Return how many gates lie how far from their closing edge, tied ones counted once.
+
+    With m = θ - closing logit the bins divide m / (0.1 + |m|), which is in (-1, 1), evenly into
+    `GATE_BINS`; the upper half is open.
+    """
+    margins = torch.cat([g.logits.detach() - g.config.closing_logit for g in gates.gates()])
+    squashed = (margins / (0.1 + margins.abs())).float().cpu()
+    counts: list[int] = torch.histc(squashed, GATE_BINS, -1.0, 1.0).int().tolist()
+    return counts
 
 
 def trainable(model: nn.Module) -> int:

@@ -22,11 +22,12 @@ class Row:
 
     Args:
         model: its name, the key under which `latency` timed it.
-        score: the task's deciding metric, as a fraction.
+        score: the report's metric; a fraction, unless it is a perplexity or a loss.
         trainable: parameters that were trained, gates included.
         requested, removed: fraction of the gated weights; None where nothing is to be removed.
         removed_of_model: fraction of the whole model's parameters.
         disk: bytes of the saved folder.
+        step: seconds of a training step at the end of training.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Row:
     removed: float | None = None
     removed_of_model: float | None = None
     disk: int | None = None
+    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Report:
         metric: the name of the rows' score.
         rows, timings, layers: see their classes.
         splits: the reloaded model's score on further labelled splits.
+        ratios: the gated run's figures over those of the run without gates.
+        samples: per model a text that it wrote.
+        history: per stage what its Trainer logged.
     """
 
     job: Mapping[str, Any]
@@ -56,6 +61,9 @@ class Report:
     layers: Sequence[Kept] = ()
     machine: Mapping[str, Any] = field(default_factory=machine)
     splits: Mapping[str, float] = field(default_factory=dict)
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, str] = field(default_factory=dict)
+    history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with the schema's version; a score that is NaN becomes null."""
@@ -68,11 +76,22 @@ class Report:
             "timings": [asdict(timing) for timing in self.timings],
             "layers": [layer.to_dict() for layer in self.layers],
             "splits": {split: _or_none(score) for split, score in self.splits.items()},
+            "ratios": dict(self.ratios),
+            "samples": dict(self.samples),
+            "history": {
+                stage: [{key: _or_none(value) for key, value in entry.items()} for entry in entries]
+                for stage, entries in self.history.items()
+            },
         }
 
 
-def _or_none(score: float) -> float | None:
-    return None if math.isnan(score) else score
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def form(metric: str) -> Callable[[float], str]:
+    """Return how a score of this metric is written."""
+    return {"perplexity": _digits, "loss": "{:.3f}".format}.get(metric, _percent)
 
 
 def table(report: Report) -> Any:
@@ -96,21 +115,32 @@ def markdown(report: Report) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *_lines(report)))
 
 
+def lines(report: Report) -> list[str]:
+    """Return what stands below the table: further splits, ratios and samples, a line each."""
+    write = form(report.metric)
+    return [
+        *(f"{split}: {report.metric} {write(v)} (reloaded)" for split, v in report.splits.items()),
+        *(f"{name}, gated / dense: {ratio:.3f}" for name, ratio in report.ratios.items()),
+        *(f"{model}: {' '.join(text.split())}" for model, text in report.samples.items()),
+    ]
+
+
 def _lines(report: Report) -> list[list[str]]:
     """Return the table's lines, each a title and a cell per model; lines without values drop."""
 
-    def line(title: str, value: Callable[[Row], float | None], form: Any) -> list[str]:
+    def line(title: str, value: Callable[[Row], float | None], write: Any) -> list[str]:
         values = [value(row) for row in report.rows]
-        return [title, *("" if v is None else form(v) for v in values)]
+        return [title, *("" if v is None else write(v) for v in values)]
 
     lines = [
-        line(report.metric, lambda row: row.score, _percent),
+        line(report.metric, lambda row: row.score, form(report.metric)),
         line("gated weights, requested", lambda row: row.requested, _percent),
         line("gated weights, removed", lambda row: row.removed, _percent),
         line("whole model, removed", lambda row: row.removed_of_model, _percent),
         line(
             "trained parameters", lambda row: row.trainable, lambda v: _unit(v, ("", "k", "M", "G"))
         ),
+        line("training step", lambda row: row.step, lambda v: f"{_digits(1e3 * v)} ms"),
         line("size on disk", lambda row: row.disk, lambda v: _unit(v, ("B", "kB", "MB", "GB"))),
     ]
     timed = {(t.model, t.inputs, t.threads): t for t in report.timings}
