@@ -27,6 +27,9 @@ class GateArguments:
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "learning rate of the logits; 0.05, hard concrete 0.2"}
     )
+    lora_rank: int = field(
+        default=0, metadata={"help": "rank of a LoRA inside the gates; folded at removal; 0: none"}
+    )
     paper: bool = field(
         default=False, metadata={"help": "the authors' constants (GateConfig.paper)"}
     )
@@ -35,15 +38,16 @@ class GateArguments:
     )
 
     def gate_config(self) -> GateConfig:
-        """Return the gates' config; with ``paper`` only the sparsity is taken from here."""
+        """Return the gates' config; with ``paper`` only sparsity and LoRA are taken from here."""
         if self.paper:
-            return GateConfig.paper(sparsity=self.sparsity)
+            return GateConfig.paper(sparsity=self.sparsity, lora_rank=self.lora_rank)
         return GateConfig(
             distribution=self.distribution,
             sparsity=self.sparsity,
             objective=self.objective,
             tie=self.tie,
             gate_learning_rate=self.gate_learning_rate,
+            lora_rank=self.lora_rank,
         )
 
 
