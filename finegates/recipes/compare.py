@@ -44,6 +44,7 @@ class Run:
         dataset: as `load_data` takes it.
         method: a key of `METHODS`.
         learning_rate: of everything but the gates' logits.
+        bf16: whether products run in bfloat16 (autocast); parameters stay in fp32.
         gates: fields of `GateConfig` that differ from its defaults, or from `GateConfig.paper`'s
             with the method ``"paper"``.
 
@@ -59,6 +60,7 @@ class Run:
     max_steps: int = 450
     batch_size: int = 32
     max_length: int = 128
+    bf16: bool = False
     gates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -177,6 +179,7 @@ def _training(run: Run, folder: str) -> TrainingArguments:
         per_device_eval_batch_size=64,
         learning_rate=run.learning_rate,
         seed=run.seed,
+        bf16=run.bf16,
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         logging_strategy="no",

@@ -31,12 +31,18 @@ def head(model: Any, config: GateConfig, batches: Batches) -> Any:
 
 
 def lora(model: Any, config: GateConfig, batches: Batches) -> Any:
-    """LoRA of rank 8 on every Linear that gates would be on, and what `head` trains."""
+    """LoRA on every Linear that gates would be on, of ``lora_rank`` or 8, and what `head` trains."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = select(model, config, architecture_of(model))
     trained = [p for p in freeze_(model, config).parameters() if p.requires_grad]
-    model = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=names), model)
+    adapter = LoraConfig(
+        r=config.lora_rank or 8,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=names,
+    )
+    model = inject_adapter_in_model(adapter, model)
     for parameter in trained:  # peft freezes all but its own
         parameter.requires_grad_(True)
     return model
