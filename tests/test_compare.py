@@ -99,7 +99,7 @@ def test_finished_runs_are_not_run_again(
 
 def test_a_run_repeats(tiny: Path) -> None:
     fields = {"dataset": "glue:sst2", "model": str(tiny / "bert"), "max_steps": 4,
-              "max_length": 16, "learning_rate": 1e-3, "method": "gates"}  # fmt: skip
+              "max_length": 16, "learning_rate": 1e-3, "method": "gates", "bf16": True}  # fmt: skip
     lines = [execute(Run.from_dict(fields), str(tiny)) for _ in range(2)]
     assert lines[0]["loss"] == lines[1]["loss"]
     assert execute(Run.from_dict({**fields, "seed": 1}), str(tiny))["loss"] != lines[0]["loss"]

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from .. import report
@@ -180,6 +181,7 @@ def _training(run: Run, folder: str) -> TrainingArguments:
         learning_rate=run.learning_rate,
         seed=run.seed,
         bf16=run.bf16,
+        use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         logging_strategy="no",
