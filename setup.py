@@ -49,6 +49,7 @@ ARCH_SOURCES = {
     "arm64": ["kernel_neon.cpp"],
 }
 COMMON = [
+    "encoder_layer.cpp",
     "isa.cpp",
     "kernel_generic.cpp",
     "layout.cpp",

@@ -365,13 +365,23 @@ void gather_any(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
   if constexpr (Vec::kHasDot) gather<uint16_t, uint16_t>(call, first_row, rows, a);
 }
 
+}  // namespace
+}  // namespace finegates
+
+#include "kernel_encoder.h"
+
+namespace finegates {
+namespace {
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           Vec::kHasDot,
           {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot),
            Vec::tile_rows(Kind::kI8), Vec::tile_rows(Kind::kI8Dot)},
           gather_any,
-          multiply_any};
+          multiply_any,
+          self_attention_any,
+          layer_norm_any};
 }
 
 }  // namespace

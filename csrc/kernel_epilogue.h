@@ -10,9 +10,9 @@ namespace {
 using F = Vec::F;
 constexpr int kPanelVecs = kPanel / Vec::kLanes;
 
-// exp(x) for x in [-87, 88], 2 ulp: 2^n e^r with |r| <= ln(2) / 2.
+// exp(x) for x in [-87, 88], 2 ulp: 2^n e^r with |r| <= ln(2) / 2. A NaN stays one.
 FG_INLINE F exp(F x) {
-  x = Vec::min(Vec::max(x, Vec::set(-87.0f)), Vec::set(88.0f));
+  x = Vec::min(Vec::set(88.0f), Vec::max(Vec::set(-87.0f), x));
   const F shifted = Vec::fma(x, Vec::set(1.44269504f), Vec::set(12582912.0f));  // 1.5 * 2^23
   const F n = Vec::sub(shifted, Vec::set(12582912.0f));
   F r = Vec::fma(n, Vec::set(-0.693359375f), x);

@@ -48,6 +48,57 @@ struct Call {
   int64_t y_stride;         // bytes between rows of y and of residual
 };
 
+// How keys are masked: numbers are added to the scores, or a byte says whether a key is kept.
+enum class Mask : int { kNone = 0, kAddF32 = 1, kAddBf16 = 2, kKeep = 3 };
+
+// out = softmax(scale q k^T + mask) v, for each head of each sequence.
+struct SelfAttention {
+  Type type;  // of q, k, v and out
+  const uint8_t* q;
+  const uint8_t* k;
+  const uint8_t* v;
+  uint8_t* out;  // may be q
+  int64_t length, heads, head_size;
+  int64_t stride;  // bytes from row to row of all four, [sequences * length, heads * head_size]
+  float scale;
+  Mask mask_type;
+  const uint8_t* mask;      // [sequences, heads, length, length], the last one contiguous
+  int64_t mask_strides[3];  // bytes; 0 for what all share
+};
+
+// Where things lie in the scratch of one head's attention, in floats.
+struct AttentionScratch {
+  int64_t mask_stride, mask, x, p, c, keys, values, total;
+};
+
+static inline AttentionScratch attention_scratch(const SelfAttention& a, int tile_rows) {
+  const int64_t features = (a.head_size + kPanel - 1) / kPanel * kPanel;
+  const int64_t length = (a.length + kPanel - 1) / kPanel * kPanel;
+  AttentionScratch at;
+  at.mask_stride = length + kChunk;
+  at.mask = 0;
+  at.x = at.mask + tile_rows * at.mask_stride;
+  at.p = at.x + tile_rows * kUnits + kChunk;
+  at.c = at.p + tile_rows * kUnits;
+  at.keys = at.c + tile_rows * features;
+  at.values = at.keys + length * features;
+  at.total = at.values + length * features;
+  return at;
+}
+
+constexpr int kMaxHeadSize = kUnits;  // most features of a head
+
+struct LayerNorm {
+  Type type;   // of x, weight and bias
+  uint8_t* x;  // [rows, features], in place
+  int64_t features;
+  const uint8_t* weight;
+  const uint8_t* bias;
+  float eps;
+};
+
+constexpr int64_t norm_floats(int64_t features) { return 3 * (features + kPanel + kChunk); }
+
 struct Kernels {
   const char* name;
   bool has_dot;
@@ -59,6 +110,11 @@ struct Kernels {
   // kChunk floats.
   void (*multiply)(const Call& call, int64_t first_row, int64_t rows, int64_t first_panel,
                    int64_t last_panel, const uint8_t* a, float* c);
+  // One head of one sequence; `scratch` is as large as AttentionScratch says.
+  void (*self_attention)(const SelfAttention& attention, int64_t sequence, int64_t head,
+                         float* scratch);
+  // LayerNorm of some rows; `scratch` holds norm_floats(features).
+  void (*layer_norm)(const LayerNorm& norm, int64_t first_row, int64_t rows, float* scratch);
 };
 
 constexpr int kMaxGroup = 4;  // most panels one tile covers

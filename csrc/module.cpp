@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
+#include "encoder_layer.h"
 #include "isa.h"
 #include "layout.h"
 #include "probe.h"
@@ -144,6 +147,44 @@ void pruned_linears(const std::vector<uintptr_t>& layers, uintptr_t x, int64_t m
   finegates::pruned_linears(args.data(), static_cast<int>(args.size()));
 }
 
+// packed: query, key, value, output, up and down, addresses then sizes. norms: weight and bias of
+// both. sizes: sequences, length, features, heads, head_size. strides of the mask in bytes.
+void encoder_layer(const std::array<uintptr_t, 12>& packed, const std::array<uintptr_t, 4>& norms,
+                   std::array<float, 2> eps, const std::array<int64_t, 5>& sizes, float scale,
+                   int activation, int type, uintptr_t x, uintptr_t y, int mask_type,
+                   uintptr_t mask, std::array<int64_t, 3> mask_strides) {
+  if (mask_type < 0 || mask_type > 3) throw std::invalid_argument("unknown mask code");
+  const auto layer = [&](int i) {
+    return finegates::PackedBytes{reinterpret_cast<const void*>(packed[i]), packed[i + 6]};
+  };
+  finegates::EncoderLayerArgs args;
+  args.query = layer(0);
+  args.key = layer(1);
+  args.value = layer(2);
+  args.output = layer(3);
+  args.up = layer(4);
+  args.down = layer(5);
+  for (int i = 0; i < 2; ++i) {
+    args.norm_weight[i] = reinterpret_cast<const void*>(norms[2 * i]);
+    args.norm_bias[i] = reinterpret_cast<const void*>(norms[2 * i + 1]);
+    args.eps[i] = eps[i];
+  }
+  args.activation = activation_of(activation);
+  args.heads = sizes[3];
+  args.head_size = sizes[4];
+  args.scale = scale;
+  args.type = type_of(type);
+  args.x = reinterpret_cast<const void*>(x);
+  args.y = reinterpret_cast<void*>(y);
+  args.sequences = sizes[0];
+  args.length = sizes[1];
+  args.features = sizes[2];
+  args.mask_type = static_cast<finegates::Mask>(mask_type);
+  args.mask = reinterpret_cast<const void*>(mask);
+  std::copy_n(mask_strides.data(), 3, args.mask_strides);
+  finegates::encoder_layer(args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -158,6 +199,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                py::reinterpret_steal<py::object>(PyCFunction_New(&pruned_linear_method, nullptr)));
   m.def("pruned_linears", &pruned_linears, unlocked());
   m.def("pruned_glu", &pruned_glu, unlocked());
+  m.def("encoder_layer", &encoder_layer, unlocked());
   m.def(
       "probe_flops",
       [](bool dot) {

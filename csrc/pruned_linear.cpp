@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 
 #include "isa.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace finegates {
 namespace {
@@ -21,30 +20,6 @@ constexpr int64_t kGatherBytes = 384 * 1024;
 constexpr int64_t kSerialWork = 60000;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int kMaxLayers = 8;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// One per thread, grown when needed and kept: a fresh half megabyte costs 128 page faults a call.
-class Scratch {
- public:
-  // Null when there is no memory.
-  uint8_t* get(size_t bytes) {
-    if (bytes > size_) {
-      size_ = 0;
-      memory_.reset(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign));
-      if (memory_) size_ = bytes;
-    }
-    return static_cast<uint8_t*>(memory_.get());
-  }
-
- private:
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
-};
-
-thread_local Scratch scratch;
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -186,7 +161,7 @@ void pruned_linears(const LinearArgs* args, int count) {
   std::atomic<bool> out_of_memory{false};
   // Tasks are taken one by one: a thread that the machine slows down takes fewer.
   parallel(static_cast<int>(std::min<int64_t>(most_threads, tasks)), [&] {
-    uint8_t* gathered = scratch.get(gathered_bytes + result_bytes);
+    uint8_t* gathered = thread_scratch(gathered_bytes + result_bytes);
     if (gathered == nullptr) {
       out_of_memory = true;
       return;

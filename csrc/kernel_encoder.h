@@ -1,0 +1,267 @@
+// What an encoder layer needs besides its Linears: attention of whole sequences, and LayerNorm.
+// Part of kernel_body.h, under its rules; both products of attention run on its tiles.
+//
+// A result is one fixed chain of operations, whatever else is in the batch. A masked key adds an
+// exact zero, so it may as well be left out, and a padded sequence equals the same one alone.
+#include "kernels.h"
+
+namespace finegates {
+namespace {
+
+constexpr int kPRow = row_stride(Kind::kF32) / 4;  // floats from row to row of a tile's operand
+constexpr float kMasked = -3.4028235e38f;          // fp32's lowest
+constexpr uint16_t kAllKept[kPRow / kChunk] = {
+    0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff,
+    0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff};
+
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Widens a row; up to the next multiple of kPanel it ends in zeros.
+template <class T>
+void read_row(float* out, const T* in, int64_t length) {
+  const int64_t whole = length / kChunk * kChunk;
+  for (int64_t at = 0; at < whole; at += kPRow) {
+    Vec::gather(out + at, in + at, kAllKept, whole - at < kPRow ? whole - at : kPRow);
+  }
+  for (int64_t at = whole; at < round_up(length, kPanel); ++at) out[at] = 0.0f;
+  const uint16_t rest = static_cast<uint16_t>((1u << (length - whole)) - 1);
+  if (rest != 0) Vec::gather(out + whole, in + whole, &rest, length - whole);
+}
+
+// Rounds a row; `in` is readable up to the next multiple of kPanel.
+template <class T>
+void write_row(T* out, const float* in, int64_t length) {
+  const Vec::Spread low = Vec::spread(0xffff, 0), high = Vec::spread(0xffff, kChunk);
+  for (; length > 0; length -= kPanel, in += kPanel, out += kPanel) {
+    const auto panel = Vec::load_panel(in);
+    if (length <= kChunk) {
+      Vec::write(out, Vec::expand(panel, low), static_cast<int>(length));
+    } else {
+      Vec::write_pair(out, Vec::expand(panel, low), Vec::expand(panel, high),
+                      length < kPanel ? static_cast<int>(length) - kChunk : kChunk);
+    }
+  }
+}
+
+template <class Step>
+FG_INLINE float reduce(F lanes, const Step& step) {
+  float value[Vec::kLanes];
+  Vec::store(value, lanes);
+  for (int i = 1; i < Vec::kLanes; ++i) value[0] = step(value[0], value[i]);
+  return value[0];
+}
+FG_INLINE float sum_of(F lanes) {
+  return reduce(lanes, [](float a, float b) { return a + b; });
+}
+
+// x = (x - mean) / sqrt(variance + eps) * weight + bias for each row, in place. `scratch` holds
+// norm_floats(features).
+template <class T>
+void layer_norm(const LayerNorm& norm, int64_t first_row, int64_t rows, float* scratch) {
+  const int64_t n = norm.features, padded = round_up(n, kPanel);
+  float* const weight = scratch;
+  float* const bias = weight + padded + kChunk;
+  float* const row = bias + padded + kChunk;
+  read_row(weight, reinterpret_cast<const T*>(norm.weight), n);
+  read_row(bias, reinterpret_cast<const T*>(norm.bias), n);
+  for (int64_t r = first_row; r < first_row + rows; ++r) {
+    T* const x = reinterpret_cast<T*>(norm.x) + r * n;
+    read_row(row, x, n);
+    F sum[2] = {Vec::zero(), Vec::zero()};
+    for (int64_t i = 0; i < padded; i += 2 * Vec::kLanes) {
+      for (int v = 0; v < 2; ++v) sum[v] = Vec::add(sum[v], Vec::load(row + i + v * Vec::kLanes));
+    }
+    const F mean = Vec::set(sum_of(Vec::add(sum[0], sum[1])) / static_cast<float>(n));
+    F square[2] = {Vec::zero(), Vec::zero()};
+    for (int64_t i = 0; i < padded; i += Vec::kLanes) {
+      Vec::store(row + i, Vec::sub(Vec::load(row + i), mean));
+    }
+    for (int64_t i = n; i < padded; ++i) row[i] = 0.0f;
+    for (int64_t i = 0; i < padded; i += 2 * Vec::kLanes) {
+      for (int v = 0; v < 2; ++v) {
+        const F d = Vec::load(row + i + v * Vec::kLanes);
+        square[v] = Vec::fma(d, d, square[v]);
+      }
+    }
+    const float variance = sum_of(Vec::add(square[0], square[1])) / static_cast<float>(n);
+    const F scale = Vec::set(1.0f / __builtin_sqrtf(variance + norm.eps));
+    for (int64_t i = 0; i < padded; i += Vec::kLanes) {
+      const F scaled = Vec::mul(Vec::load(row + i), scale);
+      Vec::store(row + i, Vec::fma(scaled, Vec::load(weight + i), Vec::load(bias + i)));
+    }
+    write_row(x, row, n);
+  }
+}
+
+void layer_norm_any(const LayerNorm& norm, int64_t first_row, int64_t rows, float* scratch) {
+  if (norm.type == Type::kF32) return layer_norm<float>(norm, first_row, rows, scratch);
+  layer_norm<uint16_t>(norm, first_row, rows, scratch);
+}
+
+// One row of the mask as numbers to add to the scores.
+void read_mask_row(const SelfAttention& a, int64_t sequence, int64_t head, int64_t row,
+                   float* out) {
+  const uint8_t* const mask =
+      a.mask + sequence * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
+  switch (a.mask_type) {
+    case Mask::kNone:
+      for (int64_t i = 0; i < a.length; ++i) out[i] = 0.0f;
+      break;
+    case Mask::kKeep:
+      for (int64_t i = 0; i < a.length; ++i) out[i] = mask[i] ? 0.0f : kMasked;
+      break;
+    case Mask::kAddF32:
+      read_row(out, reinterpret_cast<const float*>(mask), a.length);
+      break;
+    case Mask::kAddBf16:
+      read_row(out, reinterpret_cast<const uint16_t*>(mask), a.length);
+  }
+}
+
+// What fills the last register's lanes beyond the keys counts for nothing, even where every key is
+// masked.
+void end_mask(float* mask, int64_t keys) {
+  for (int64_t i = keys; i < round_up(keys, kPanel); ++i) mask[i] = -__builtin_inff();
+}
+
+// One key block of one head: the rows of k as the weight of a tile (panels of 32 keys, a unit for
+// each feature), those of v as the weight of the second (panels of 32 features, a unit for each
+// key).
+template <class T>
+void pack_heads(const SelfAttention& a, const uint8_t* k, const uint8_t* v, int64_t first,
+                int64_t keys, float* key_panels, float* value_panels, float* row) {
+  const int64_t d = a.head_size;
+  for (int64_t j = 0; j < round_up(keys, kPanel); ++j) {
+    float* const panel = key_panels + j / kPanel * kPanel * d + j % kPanel;
+    if (j < keys) {
+      read_row(row, reinterpret_cast<const T*>(k + (first + j) * a.stride), d);
+      for (int64_t i = 0; i < d; ++i) panel[i * kPanel] = row[i];
+      read_row(row, reinterpret_cast<const T*>(v + (first + j) * a.stride), d);
+      for (int64_t p = 0; p < d; p += kPanel) {
+        float* const unit = value_panels + (p / kPanel * keys + j) * kPanel;
+        for (int i = 0; i < kPanel; i += Vec::kLanes) {
+          Vec::store(unit + i, Vec::load(row + p + i));
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < d; ++i) panel[i * kPanel] = 0.0f;
+    }
+  }
+}
+
+// rows x outputs of c = x w^T (+ c), with `units` columns of x; w in panels.
+void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units, int64_t outputs,
+                     float* c, int64_t c_stride, bool add) {
+  const Shapes& shape = shapes_of<Kind::kF32>(rows);
+  TileArgs args;
+  args.panel_bytes = 0;
+  args.units = args.stream_units = units;
+  args.jump = 0;
+  args.c_stride = c_stride;
+  args.addend_stride = add ? c_stride : 0;
+  for (int64_t p = 0; p < outputs; p += kPanel) {
+    args.a = reinterpret_cast<const uint8_t*>(x);
+    args.w = args.next = reinterpret_cast<const uint8_t*>(w + p * units);
+    args.c = c + p;
+    args.addend = add ? c + p : kZeros;
+    const int64_t left = outputs - p < kPanel ? outputs - p : kPanel;
+    run_tile(shape, args, 1, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes));
+  }
+}
+
+// p = exp(scale p + mask - max) over one block of keys, exactly 0 below e^-87 of the largest.
+// `most` and `total` run over the blocks; returns by how much what came before has to shrink.
+float soften_scores(float* p, const float* mask, int64_t keys, float scale, float* most,
+                    float* total) {
+  const int64_t end = round_up(keys, Vec::kLanes);
+  F largest = Vec::set(*most);
+  for (int64_t i = 0; i < end; i += Vec::kLanes) {
+    const F x = Vec::fma(Vec::load(p + i), Vec::set(scale), Vec::load(mask + i));
+    Vec::store(p + i, x);
+    largest = Vec::max(largest, x);
+  }
+  const float before = *most;
+  *most = reduce(largest, [](float a, float b) { return a > b ? a : b; });
+  const F shift = Vec::set(*most), floor = exp(Vec::set(-87.0f));
+  F sum = Vec::zero();
+  for (int64_t i = 0; i < end; i += Vec::kLanes) {
+    // Not max(e, 0): a NaN has to stay one.
+    const F e = Vec::max(Vec::zero(), Vec::sub(exp(Vec::sub(Vec::load(p + i), shift)), floor));
+    Vec::store(p + i, e);
+    sum = Vec::add(sum, e);
+  }
+  float factor[Vec::kLanes];
+  Vec::store(factor, exp(Vec::sub(Vec::set(before), shift)));
+  *total = __builtin_fmaf(*total, factor[0], sum_of(sum));
+  return factor[0];
+}
+
+template <class T>
+void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, float* scratch) {
+  const int64_t d = a.head_size, padded = round_up(d, kPanel);
+  const int64_t offset = sequence * a.length * a.stride + head * d * sizeof(T);
+  constexpr int kRows = Vec::tile_rows(Kind::kF32);
+  const AttentionScratch at = attention_scratch(a, kRows);
+  float* const mask = scratch + at.mask;
+  float* const x = scratch + at.x;
+  float* const p = scratch + at.p;
+  float* const c = scratch + at.c;
+  float most[kRows], total[kRows];
+  const bool one_mask = a.mask_type == Mask::kNone || a.mask_strides[2] == 0;
+  int64_t keys = a.length;
+  if (one_mask) {
+    read_mask_row(a, sequence, head, 0, mask);
+    while (keys > 0 && mask[keys - 1] <= kMasked / 2) --keys;
+    if (keys == 0) keys = a.length;  // nothing to attend to: all of it, as in transformers
+    end_mask(mask, keys);
+  }
+  for (int64_t first = 0; first < keys; first += kPRow) {
+    const int64_t count = keys - first < kPRow ? keys - first : kPRow;
+    pack_heads<T>(a, a.k + offset, a.v + offset, first, count, scratch + at.keys + first * d,
+                  scratch + at.values + first * padded, x);
+  }
+  const int64_t tiles = (a.length + kRows - 1) / kRows;
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int64_t rows = (a.length - row) / (tiles - t);
+    for (int64_t r = 0; r < rows; ++r) {
+      read_row(x + r * kPRow, reinterpret_cast<const T*>(a.q + offset + (row + r) * a.stride), d);
+      most[r] = kMasked;
+      total[r] = 0.0f;
+      if (one_mask) continue;
+      read_mask_row(a, sequence, head, row + r, mask + r * at.mask_stride);
+      end_mask(mask + r * at.mask_stride, keys);
+    }
+    for (int64_t first = 0; first < keys; first += kPRow) {
+      const int64_t count = keys - first < kPRow ? keys - first : kPRow;
+      multiply_panels(x, rows, scratch + at.keys + first * d, d, count, p, kPRow, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* const row_mask = mask + (one_mask ? 0 : r * at.mask_stride) + first;
+        const float shrink =
+            soften_scores(p + r * kPRow, row_mask, count, a.scale, most + r, total + r);
+        if (first == 0) continue;
+        for (int64_t i = 0; i < padded; i += Vec::kLanes) {
+          float* const value = c + r * padded + i;
+          Vec::store(value, Vec::mul(Vec::load(value), Vec::set(shrink)));
+        }
+      }
+      multiply_panels(p, rows, scratch + at.values + first * padded, count, d, c, padded,
+                      first > 0);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const F share = Vec::set(1.0f / total[r]);
+      for (int64_t i = 0; i < padded; i += Vec::kLanes) {
+        Vec::store(c + r * padded + i, Vec::mul(Vec::load(c + r * padded + i), share));
+      }
+      write_row(reinterpret_cast<T*>(a.out + offset + (row + r) * a.stride), c + r * padded, d);
+    }
+    row += rows;
+  }
+}
+
+void self_attention_any(const SelfAttention& a, int64_t sequence, int64_t head, float* scratch) {
+  if (a.type == Type::kF32) return self_attention<float>(a, sequence, head, scratch);
+  self_attention<uint16_t>(a, sequence, head, scratch);
+}
+
+}  // namespace
+}  // namespace finegates
