@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import finegates.hf  # noqa: F401
-from finegates import GateConfig, PrunedLinear, gate_, optimize_for_cpu, prune_, restore_
+from finegates import PrunedLinear, gate_, optimize_for_cpu, restore_
 from finegates.serving import PackedLinear
-from tiny_models import build, inputs, logits, scatter_gates_
+from serving_case import pruned
+from tiny_models import build, inputs, logits
 
 FAMILIES = ("bert", "roberta", "distilbert", "llama")
-
-
-def pruned(model_type: str, **changes: Any) -> PreTrainedModel:
-    # An architecture that couples nothing needs patterns.
-    config = GateConfig(modules=("*_lin", "*.lin1")) if model_type == "distilbert" else None
-    model = gate_(build(model_type, **changes), config)
-    scatter_gates_(model, 0.7)
-    return prune_(model).eval()
 
 
 def layers(model: nn.Module) -> dict[str, type]:

@@ -18,11 +18,13 @@ from .checks import (
     wants_gradient,
 )
 from .dispatch import check_differentiable, table, use_backend
+from .encoder import encoder_layer
 from .packed import pack, packed_glu, packed_linear, packed_linears, unpack
 from .sampled import gated_matmul, norm_gather, open_mass
 
 __all__ = [
     "INTERPRETED",
+    "encoder_layer",
     "gated_linear",
     "gated_matmul",
     "norm_gather",

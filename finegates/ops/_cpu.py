@@ -29,6 +29,7 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 MOST_LAYERS = 8  # of one `pruned_linears` call, as in csrc/pruned_linear.cpp
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = {**_TYPES, torch.int8: 2}
+MASK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.bool: 3}
 _DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -371,6 +372,53 @@ def probe_read(buffer: Tensor) -> float:
     if _C is None:
         raise ValueError(f"no measured bandwidth here: {_native.reason()}")
     return float(_C.probe_read(buffer.data_ptr(), buffer.numel()))
+
+
+def encoder_layer(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    heads: int,
+    head_size: int,
+    scale: float,
+    activation: str,
+    mask: Tensor | None,
+) -> Tensor:
+    """Run `reference.encoder_layer` in one call.
+
+    Args:
+        x (`Tensor` [B, S, K]): float32 or bfloat16.
+        packed: query, key, value, output, up and down, from :func:`prepare`.
+        norms: weight and bias of both norms, of x's dtype; eps of both.
+        mask (`Tensor` [B, heads, S, S], *optional*): expanded, of a dtype of `MASK_TYPES`.
+    """
+    torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    packed = [_aligned(p) for p in packed]
+    norms = [norm.contiguous() for norm in norms]
+    mask_type, mask_address, strides = 0, 0, [0, 0, 0]
+    if mask is not None:
+        if mask.stride(-1) != 1:
+            mask = mask.contiguous()
+        mask_type, mask_address = MASK_TYPES[mask.dtype], mask.data_ptr()
+        strides = [stride * mask.element_size() for stride in mask.stride()[:3]]
+    _C.encoder_layer(
+        [*(p.data_ptr() for p in packed), *(p.numel() for p in packed)],
+        [norm.data_ptr() for norm in norms],
+        eps,
+        [*x.shape, heads, head_size],
+        scale,
+        ACTIVATIONS[activation],
+        _TYPES[x.dtype],
+        x.data_ptr(),
+        y.data_ptr(),
+        mask_type,
+        mask_address,
+        strides,
+    )
+    return y
 
 
 def _operand(x: Tensor) -> tuple[Tensor, int, int]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _env, _native
@@ -107,12 +108,26 @@ def _packed_glu_torch(x: Tensor, gate: Tensor, up: Tensor, *args: Any) -> Tensor
     return reference.packed_glu(x, _cpu.unpack(gate), _cpu.unpack(up), *args)
 
 
+def _encoder_layer_why_not(x: Tensor, *_: object) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {x.dtype}, not float32 or bfloat16"
+    return _cpu.why_not(x)
+
+
+def encoder_layer_torch(x: Tensor, packed: Sequence[Tensor], *args: Any) -> Tensor:
+    """Run the reference on unpacked copies of the weights."""
+    inner = _cpu.describe(packed[4]).out_features
+    return reference.encoder_layer(x, [_cpu.unpack(p) for p in packed], inner, *args)
+
+
 def _packed_row(
-    native: Callable[..., Any], unpacked: Callable[..., Any]
+    native: Callable[..., Any],
+    unpacked: Callable[..., Any],
+    why_not: Callable[..., str | None] = _packed_why_not,
 ) -> tuple[Implementation, ...]:
     """Nothing is packed without the extension, so torch needs it here as well."""
     return (
-        Implementation("native", _packed_why_not, native, _native.reason),
+        Implementation("native", why_not, native, _native.reason),
         Implementation("torch", lambda *_: _native.reason(), unpacked, _native.reason),
     )
 
@@ -133,6 +148,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "packed_linear": _packed_row(_cpu.pruned_linear, _packed_linear_torch),
     "packed_linears": _packed_row(_cpu.pruned_linears, _packed_linears_torch),
     "packed_glu": _packed_row(_cpu.pruned_glu, _packed_glu_torch),
+    "encoder_layer": _packed_row(_cpu.encoder_layer, encoder_layer_torch, _encoder_layer_why_not),
     "gated_linear": (
         _triton_entry(_triton_gated.why_not, _triton_gated.gated_linear),
         _torch(reference.gated_linear),

@@ -230,6 +230,47 @@ def packed_glu(
     return y * packed_linear(x, up, out_features)
 
 
+def encoder_layer(
+    x: Tensor,
+    layers: Sequence[Operands],
+    inner: int,
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    heads: int,
+    head_size: int,
+    scale: float,
+    activation: str,
+    mask: Tensor | None,
+) -> Tensor:
+    """h = norm₁(x + output(softmax(scale q kᵀ + mask) v)), y = norm₂(h + down(act(up(h)))).
+
+    Args:
+        x (`Tensor` [B, S, K]): input.
+        layers: query, key, value, output, up and down; inner: the features between the last two.
+        norms (`Tensor` [K]): weight and bias of both norms; eps of both.
+        mask: broadcastable to [B, heads, S, S]; True where a key is kept, or added to the scores.
+
+    Returns:
+        `Tensor` [B, S, K].
+    """
+    query, key, value, output, up, down = layers
+    features, width = x.shape[-1], heads * head_size
+    q, k, v = (
+        packed_linear(x, layer, width).view(*x.shape[:2], heads, head_size).transpose(1, 2)
+        for layer in (query, key, value)
+    )
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    h = x + packed_linear(attended, output, features)
+    h = F.layer_norm(h, (features,), norms[0], norms[1], eps[0])
+    y = h + packed_linear(packed_linear(h, up, inner, activation), down, features)
+    return F.layer_norm(y, (features,), norms[2], norms[3], eps[1])
+
+
 def gate(
     logits: Tensor,
     seed: Tensor | None,

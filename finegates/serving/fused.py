@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -23,3 +23,19 @@ class FusedBlock(nn.Module):
     def why_not(cls, block: nn.Module) -> str | None:
         """Return in one line why an instance of ``plain`` can't be fused, or None."""
         raise NotImplementedError
+
+    @classmethod
+    def take(cls, block: nn.Module) -> None:
+        """Fuse an instance of ``plain`` in place."""
+        block.__class__ = cls
+        block.__dict__["_bound"] = cls.bind(block)
+
+    @classmethod
+    def bind(cls, block: nn.Module) -> Any:
+        """Return what the forward reads at each call: finding modules by name takes longer."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Make it an instance of ``plain`` again."""
+        del self.__dict__["_bound"]
+        self.__class__ = self.plain  # type: ignore[assignment]

@@ -18,7 +18,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Which of our modules knows the blocks of a module of transformers; imported when one is met, it
 # has a dict ``FUSED`` from their classes to subclasses of FusedBlock.
-_FAMILIES: dict[str, str] = {}
+_FAMILIES = {
+    "transformers.models.bert.modeling_bert": ".bert",
+    "transformers.models.roberta.modeling_roberta": ".bert",
+}
 _FROZEN = "_frozen_by_optimize_for_cpu"
 
 
@@ -87,7 +90,7 @@ def restore_(model: Model) -> Model:
     """
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            module.__class__ = module.plain  # type: ignore[assignment]
+            module.release()
     _replace(model, lambda m: m.unpack() if isinstance(m, PackedLinear) else m)
     frozen = model.__dict__.pop(_FROZEN, ())
     for name in frozen:
@@ -126,4 +129,4 @@ def _fuse(module: nn.Module) -> None:
     fused: dict[type, type[FusedBlock]] = import_module(family, __package__).FUSED
     block = fused.get(type(module))
     if block is not None and block.why_not(module) is None:
-        module.__class__ = block
+        block.take(module)

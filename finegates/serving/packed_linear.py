@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import PrunedLinear
-from ..ops import _cpu
-from ..ops.checks import autocasts
+from ..ops import _cpu, packed_linear
 
 WEIGHT_DTYPES = (None, "int8")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,9 +132,7 @@ class PackedLinear(nn.Module):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a packed layer has no gradient; call it under torch.no_grad()")
-        if autocasts(x):
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        return _cpu.pruned_linear(x, self.packed, self.out_features, self.activation)
+        return packed_linear(x, self.packed, self.out_features, self.activation)
 
     def train(self, mode: bool = True) -> PackedLinear:
         """Refuse: there is nothing here that an optimizer could change.
