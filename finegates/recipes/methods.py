@@ -31,7 +31,7 @@ def head(model: Any, config: GateConfig, batches: Batches) -> Any:
 
 
 def lora(model: Any, config: GateConfig, batches: Batches) -> Any:
-    """LoRA of ``lora_rank``, or 8, on every Linear that gates would be on, and what `head` trains."""
+    """LoRA of ``lora_rank``, or 8, on the Linears that gates would be on, beside `head`."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = select(model, config, architecture_of(model))
