@@ -18,7 +18,7 @@ from finegates.hf.trainer import GatedTrainer
 from finegates.recipes import compare
 from finegates.recipes.compare import Run, execute, read_plan
 from finegates.recipes.methods import METHODS, trainer_class
-from finegates.report import spread_table
+from finegates.report import plot_spread, spread_table
 from tiny_tasks import write_model, write_task
 
 MODULES = ("attention.self.query", "attention.self.key", "attention.self.value",
@@ -193,9 +193,25 @@ def line(method: str, score: float, **run: Any) -> dict[str, Any]:
 def test_table_takes_the_best_rate_over_seeds() -> None:
     lines = [
         line("head", 0.7, seed=0), line("head", 0.8, seed=1),
-        line("head", 0.79, seed=0, learning_rate=3e-3), line("gates", 0.9, sparsity=0.4),
+        line("head", 0.79, seed=0, learning_rate=3e-3),
+        line("gates", 0.9, sparsity=0.4), line("gates", 0.8, sparsity=0.4, tie="none"),
     ]  # fmt: skip
     assert spread_table(lines).splitlines()[2:] == [
         "| head | 25.0 % | 79.0 (1) | 0.003 | 0.001: 75.0 ± 7.1 (2) |",
-        "| gates, sparsity 0.4 | 25.0 % | 90.0 (1) | 0.001 |  |",
+        "| gates | 25.0 % | 90.0 (1) | 0.001 |  |",
+        "| gates, tie none | 25.0 % | 80.0 (1) | 0.001 |  |",
     ]
+
+
+def test_figure_of_the_scores(tiny: Path, tmp_path: Path) -> None:
+    path = plan(tiny, tmp_path / "plan.json", [])
+    lines = [
+        line("gates", score, sparsity=sparsity, seed=seed)
+        for sparsity, score in ((0.2, 0.9), (0.6, 0.8)) for seed in (0, 1)
+    ]  # fmt: skip
+    lines.append({**line("head", 0.7), "removed": 0.0})
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compared(tiny, path, "--figure", str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="lines must not be empty"):
+        plot_spread(tmp_path / "none.png", [])

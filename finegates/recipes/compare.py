@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("plan", type=Path, help="JSON file; docs/experiments has ours")
     parser.add_argument("--data_dir", help="folder of GLUE tasks in their original TSV layout")
     parser.add_argument("--results", type=Path, help="default: the plan's name with .jsonl")
-    parser.add_argument("--table", action="store_true", help="only print what there is")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what there is")
+    parser.add_argument("--figure", type=Path, help="PNG of the scores against what is removed")
     chosen = parser.parse_args(arguments)
     results = chosen.results or chosen.plan.with_suffix(".jsonl")
     runs = read_plan(chosen.plan)
@@ -247,7 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with results.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             sys.stdout.write(line + "\n")
-    sys.stdout.write(report.spread_table(read_results(results)) + "\n")
+    lines = read_results(results)
+    sys.stdout.write(report.spread_table(lines) + "\n")
+    if chosen.figure is not None:
+        report.plot_spread(chosen.figure, lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from .counts import (
 )
 from .curves import plot_training
 from .figure import plot_kept
-from .spread import spread_table
+from .spread import plot_spread, spread_table
 from .summary import REPORT_VERSION, Report, Row, lines, markdown, table, write_report
 from .timing import Timing, cpu_name, latency, machine
 
@@ -35,6 +35,7 @@ __all__ = [
     "model_removal",
     "parameters",
     "plot_kept",
+    "plot_spread",
     "plot_training",
     "removal",
     "spread_table",

@@ -2,66 +2,129 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-_NOT_SETTINGS = ("seed", "learning_rate")
+from ._files import replacing
+
+Line = Mapping[str, Any]
 
 
-def spread_table(lines: Sequence[Mapping[str, Any]]) -> str:
+@dataclass(frozen=True)
+class Spread:
+    """The runs of one setting at one learning rate.
+
+    Args:
+        rate: the learning rate.
+        removed: mean removed fraction of the gated weights.
+        scores: one per seed.
+    """
+
+    rate: float
+    removed: float
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean score over the seeds."""
+        return statistics.mean(self.scores)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the seeds, 0 for one."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+def spread_table(lines: Sequence[Line]) -> str:
     """Return a Markdown table of results, one row per setting.
 
-    A row shows the learning rate with the best mean score, the mean ± sample standard deviation
-    over its seeds and their number; beside it the other rates that were tried.
+    A row shows the learning rate with the best mean score, the mean ± standard deviation over its
+    seeds and their number; beside it the other rates that were tried.
 
     Args:
         lines: of ``finegates compare``: each has ``run`` (a flat dict), ``scores`` (the deciding
             one first) and ``removed``.
     """
-    settings: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
-    plain = _shared([line["run"] for line in lines])
-    for line in lines:
-        run = line["run"]
-        rates = settings.setdefault(_label(run, plain), {})
-        rates.setdefault(run["learning_rate"], []).append(line)
     rows = ["| setting | removed | score | rate | other rates |", "|---|---|---|---|---|"]
-    for label, rates in settings.items():
-        best = max(rates, key=lambda rate: statistics.mean(map(_score, rates[rate])))
-        removed = statistics.mean(line["removed"] for line in rates[best])
-        others = "; ".join(
-            f"{rate:g}: {_spread(found)}" for rate, found in sorted(rates.items()) if rate != best
-        )
-        cells = (label, f"{100 * removed:.1f} %", _spread(rates[best]), f"{best:g}", others)
+    for (label, _), (best, *others) in _settings(lines).items():
+        tried = "; ".join(f"{other.rate:g}: {_text(other)}" for other in others)
+        cells = (label, f"{100 * best.removed:.1f} %", _text(best), f"{best.rate:g}", tried)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _score(line: Mapping[str, Any]) -> float:
-    score: float = next(iter(line["scores"].values()))
-    return score
+def plot_spread(path: str | os.PathLike[str], lines: Sequence[Line], title: str = "") -> None:
+    """Draw mean scores against the removed fraction as a PNG, with standard deviations.
+
+    Settings that differ in ``sparsity`` alone form a curve; those that remove nothing are dashed
+    lines across.
+
+    Raises:
+        ValueError: there is no line.
+    """
+    if not lines:
+        raise ValueError("lines must not be empty")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[Spread]] = {}
+    for (label, _), (best, *_others) in _settings(lines).items():
+        curves.setdefault(label, []).append(best)
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, (label, points) in enumerate(curves.items()):
+        points.sort(key=lambda point: point.removed)
+        color = f"C{number}"
+        if points[-1].removed == 0.0:
+            axis.axhline(100 * points[0].mean, linestyle="--", color=color, label=label)
+            continue
+        axis.errorbar(
+            [100 * point.removed for point in points],
+            [100 * point.mean for point in points],
+            [100 * point.deviation for point in points],
+            marker="o", markersize=4, capsize=3, color=color, label=label,
+        )  # fmt: skip
+    axis.set_xlabel("gated weights removed, %", fontsize=9)
+    axis.set_ylabel(next(iter(lines[0]["scores"])) + ", %", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    if title:
+        axis.set_title(title, fontsize=10, loc="left")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
-def _spread(lines: Sequence[Mapping[str, Any]]) -> str:
-    found = [100 * _score(line) for line in lines]
-    if len(found) == 1:
-        return f"{found[0]:.1f} (1)"
-    return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} ({len(found)})"
-
-
-def _shared(runs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the keys that have one value in all runs."""
+def _settings(lines: Sequence[Line]) -> dict[tuple[str, float | None], list[Spread]]:
+    """Return per setting (what it differs in from the others; sparsity) its rates, best first."""
+    runs = [line["run"] for line in lines]
+    keys = dict.fromkeys(key for run in runs for key in run)
+    shared = {key for key in keys if len({repr(run.get(key)) for run in runs}) == 1}
+    hidden = shared | {"method", "seed", "learning_rate", "sparsity"}
+    found: dict[tuple[str, float | None], dict[float, list[Line]]] = {}
+    for line in lines:
+        run = line["run"]
+        label = ", ".join(
+            [run["method"], *(f"{key} {run[key]}" for key in run if key not in hidden)]
+        )
+        rates = found.setdefault((label, run.get("sparsity")), {})
+        rates.setdefault(run["learning_rate"], []).append(line)
     return {
-        key
-        for key in {key for run in runs for key in run}
-        if len({repr(run.get(key)) for run in runs}) == 1
+        setting: sorted(
+            (_spread(rate, same) for rate, same in rates.items()), key=lambda s: -s.mean
+        )
+        for setting, rates in found.items()
     }
 
 
-def _label(run: Mapping[str, Any], plain: set[str]) -> str:
-    settings = [
-        f"{key} {value}"
-        for key, value in run.items()
-        if key not in (*plain, *_NOT_SETTINGS, "method")
-    ]
-    return ", ".join([run["method"], *settings])
+def _spread(rate: float, lines: Sequence[Line]) -> Spread:
+    removed = statistics.mean(line["removed"] for line in lines)
+    return Spread(rate, removed, tuple(next(iter(line["scores"].values())) for line in lines))
+
+
+def _text(spread: Spread) -> str:
+    deviation = f" ± {100 * spread.deviation:.1f}" if len(spread.scores) > 1 else ""
+    return f"{100 * spread.mean:.1f}{deviation} ({len(spread.scores)})"
