@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from finegates.recipes import finetune_glue, training
 from finegates.recipes import job as recipe
 from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
 from finegates.recipes.finetune_glue import Finetune
-from tiny_tasks import write_model, write_split, write_task
+from tiny_tasks import WORDS, write_model, write_split, write_task
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +376,42 @@ def test_further_labelled_splits_are_scored(
     score = json.loads((output / "report.json").read_text())["splits"]["test"]
     assert 0.0 < score <= 1.0
     assert f"test: accuracy {100 * score:.1f} % (reloaded)" in capsys.readouterr().out
+
+
+def test_regression_is_scored_by_correlation(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    """STS-B: one output, a float label, Pearson's correlation."""
+    data, rng = tmp_path / "STS-B", random.Random(0)
+    data.mkdir()
+    for name, rows in (("train", 128), ("dev", 64)):
+        lines = ["sentence1\tsentence2\tscore"]
+        for _ in range(rows):
+            first, second = (" ".join(rng.choices(WORDS, k=5)) for _ in range(2))
+            lines.append(f"{first}\t{second}\t{5.0 * rng.random():.3f}")
+        (data / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    output = tmp_path / "run"
+    assert main(["finetune", *words((tiny[0], data), output)]) == 0
+    written = json.loads((output / "report.json").read_text())
+    assert written["metric"] == "pearson"
+    assert all(-1.0 <= row["score"] <= 1.0 for row in written["rows"])
+    model = AutoModelForSequenceClassification.from_pretrained(output / "pruned")
+    assert model.config.num_labels == 1
+
+
+def test_both_development_sets_of_mnli_are_scored(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    data, rng = tmp_path / "MNLI", random.Random(0)
+    data.mkdir()
+    for name, rows in (("train", 96), ("dev_matched", 30), ("dev_mismatched", 30)):
+        lines = ["sentence1\tsentence2\tgold_label"]
+        for _ in range(rows):
+            texts = [" ".join(rng.choices(WORDS, k=4)) for _ in range(2)]
+            label = rng.choice(["entailment", "neutral", "contradiction"])
+            lines.append("\t".join([*texts, label]))
+        (data / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    output = tmp_path / "run"
+    assert main(["finetune", *words((tiny[0], data), output)]) == 0
+    written = json.loads((output / "report.json").read_text())
+    assert set(written["splits"]) == {"validation_mismatched"}
+    assert 0.0 <= written["splits"]["validation_mismatched"] <= 1.0
 
 
 @pytest.mark.gpu

@@ -438,3 +438,37 @@ def test_quick_pretrain_on_real_text(tiny_config: Path, tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "run")
     assert rows["reloaded"]["score"] < 5.0
     assert rows["pruned"]["removed"] == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("distribution", ["ranking", "gaussian"])
+def test_gradient_checkpointing_changes_nothing(
+    llama: Path, text: Path, tmp_path: Path, distribution: str
+) -> None:
+    """The recomputed forward draws the same gates."""
+    for name, more in (("plain", ()), ("checkpointed", ("--activation_checkpointing", "True"))):
+        run = ("--model", str(llama), "--new_tokens", "0", "--distribution", distribution, *more)
+        assert main(["posttrain", *words(text, tmp_path / name, *run)]) == 0
+    assert same_weights(tmp_path / "plain", tmp_path / "checkpointed")
+
+
+def test_accumulation_changes_nothing_but_rounding(llama: Path, text: Path, tmp_path: Path) -> None:
+    for name, size, parts in (("whole", "4", "1"), ("parts", "2", "2")):
+        run = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", parts)
+        run += ("--model", str(llama), "--new_tokens", "0")
+        assert main(["posttrain", *words(text, tmp_path / name, *run)]) == 0
+    first, second = (report_of(tmp_path / name) for name in ("whole", "parts"))
+    for key in ("loss", "eval_loss"):
+        one, other = ([e[key] for e in r["history"]["gated"] if key in e] for r in (first, second))
+        assert len(one) == 10
+        assert other == pytest.approx(one, rel=1e-4)
+    assert second["layers"] == first["layers"]
+
+
+def test_a_lora_inside_the_gates_is_folded(llama: Path, text: Path, tmp_path: Path) -> None:
+    for rank in ("0", "2"):
+        run = ("--model", str(llama), "--new_tokens", "0", "--lora_rank", rank)
+        assert main(["posttrain", *words(text, tmp_path / rank, *run)]) == 0
+    plain, with_lora = (rows_of(tmp_path / rank) for rank in ("0", "2"))
+    assert with_lora["gated"]["trainable"] > plain["gated"]["trainable"]
+    assert with_lora["gated"]["score"] == pytest.approx(with_lora["reloaded"]["score"], rel=1e-5)
+    assert not any("lora" in name for name in pruned(tmp_path / "2").state_dict())

@@ -14,7 +14,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..surgery import GateController, GateMap
+from ..gates import Gate
+from ..surgery import GateController, GateMap, replicate_
 
 
 class GateCallback(TrainerCallback):
@@ -84,7 +85,8 @@ class GatedTrainer(Trainer):
 
     The logits form an optimizer group of their own with ``gate_learning_rate`` and no weight decay,
     and so do the LoRA's factors where ``lora_learning_rate`` is set.
-    Takes the arguments of `transformers.Trainer`; the model must have been through `gate_`.
+    Takes the arguments of `transformers.Trainer`; the model must have been through `gate_`. Under
+    FSDP the logits stay whole on every process, see `replicate_`.
 
     Raises:
         ValueError: fp16 without gradient clipping, which is what unscales the gradients in time.
@@ -96,6 +98,11 @@ class GatedTrainer(Trainer):
             raise ValueError(
                 "max_grad_norm must be above 0 with fp16, got 0.0: gradients stay scaled otherwise"
             )
+        if self.is_fsdp_enabled:
+            sharded: Any = self.model
+            replicate_(sharded)
+            gates = [module for module in sharded.modules() if isinstance(module, Gate)]
+            self.accelerator.state.fsdp_plugin.ignored_modules = gates
         self.gate_callback = GateCallback()
         self.add_callback(self.gate_callback)
 

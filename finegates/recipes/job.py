@@ -232,7 +232,7 @@ class Job(ABC):
 
     def _finish(self, trainer: Trainer, folder: Path) -> None:
         """Save a trained model under a temporary name, then rename: the stage has ended."""
-        temporary = _temporary(folder)
+        temporary = _temporary(folder, clear=self.training.should_save)
         trainer.save_model(str(temporary))
         if self.training.should_save:
             (temporary / "training_args.bin").unlink()  # pickled
@@ -310,15 +310,16 @@ def _largest_unit(gated: nn.Module) -> float:
 
 def save(model: Any, folder: Path, tokenizer: Any) -> None:
     """Save under a temporary name, then rename, so that a folder with the final name is whole."""
-    temporary = _temporary(folder)
+    temporary = _temporary(folder, clear=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     _put(temporary, folder)
 
 
-def _temporary(folder: Path) -> Path:
+def _temporary(folder: Path, *, clear: bool) -> Path:
     temporary = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if clear:
+        shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
 

@@ -5,6 +5,7 @@ from .controller import GateController
 from .couplings import Architecture, Coupling, Side, architecture_of
 from .gate import freeze_, gate_
 from .prune import prune_
+from .replicate import replicate_
 
 __all__ = [
     "Architecture",
@@ -17,4 +18,5 @@ __all__ = [
     "freeze_",
     "gate_",
     "prune_",
+    "replicate_",
 ]
