@@ -4,10 +4,12 @@ import copy
 import gc
 import io
 import json
+import math
 import time
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
@@ -302,6 +304,88 @@ def test_figure_needs_layers(tmp_path):
     with pytest.raises(ValueError, match="layers must not be empty"):
         reporting.plot_kept(tmp_path / "kept.png", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_are_written_as_their_metric_is():
+    rows = [Row("dense", 4.3678, step=0.0123), Row("gated", 123.456, step=1.5)]
+    text = reporting.markdown(Report({}, "perplexity", rows))
+    assert "| perplexity | 4.37 | 123 |" in text
+    assert "| training step | 12.3 ms | 1500 ms |" in text
+    assert "| loss | 4.368 | 123.456 |" in reporting.markdown(Report({}, "loss", rows))
+
+
+def test_lines_below_the_table():
+    report = Report(
+        {}, "accuracy", ROWS, splits={"test": 0.8125}, ratios={"loss": 1.0204},
+        samples={"dense": "Once\nupon a time"},
+    )  # fmt: skip
+    assert reporting.lines(report) == [
+        "test: accuracy 81.2 % (reloaded)",
+        "loss, gated / dense: 1.020",
+        "dense: Once upon a time",
+    ]
+
+
+def test_gate_histogram_counts_every_gate_once_and_tells_open_from_closed(models):
+    _, gated, _ = models
+    gates = GateMap(gated)
+    counts = reporting.gate_histogram(gates)
+    assert len(counts) == reporting.GATE_BINS
+    margins = torch.cat([gate.logits - gate.config.closing_logit for gate in gates.gates()])
+    assert sum(counts) == len(margins)
+    assert sum(counts[reporting.GATE_BINS // 2 :]) == int((margins > 0).sum())
+    with torch.no_grad():
+        for gate in (alike := GateMap(copy.deepcopy(gated))).gates():
+            gate.logits.fill_(gate.config.closing_logit + 0.1)
+    # m / (0.1 + |m|) = 1/2, the edge between the upper half's two halves.
+    assert reporting.gate_histogram(alike)[3 * reporting.GATE_BINS // 4] == len(margins)
+
+
+HISTORY = {
+    "dense": [{"loss": 2.0, "step": 1}, {"eval_loss": 1.5, "step": 1}, {"loss": 1.0, "step": 2}],
+    "gated": [
+        {"loss": 2.0, "step": 1, "removed": 0.0, "gates": [0] * 20 + [3] * 20},
+        {"eval_loss": 1.5, "eval_accuracy": 0.6, "step": 1, "removed": 0.0},
+        {"loss": float("inf"), "step": 2, "removed": 0.4, "gates": [1] * 40},
+        {"eval_loss": 1.2, "eval_accuracy": 0.7, "step": 2, "removed": 0.4},
+        {"train_runtime": 1.0, "step": 2},
+    ],
+}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity", "loss"])
+@pytest.mark.parametrize("history", [HISTORY, {}], ids=["history", "none"])
+def test_training_figure_draws_what_there_is(tmp_path, monkeypatch, metric, history):
+    drawn = []
+    axes = mpl.axes.Axes
+    plot, show = axes.plot, axes.imshow
+
+    def noting(self, *args, **kwargs):
+        drawn.append(([float(v) for v in np.atleast_1d(args[0])], args[1]))
+        return plot(self, *args, **kwargs)
+
+    def noting_image(self, image, **kwargs):
+        drawn.append(("image", np.shape(image)))
+        return show(self, image, **kwargs)
+
+    monkeypatch.setattr(axes, "plot", noting)
+    monkeypatch.setattr(axes, "imshow", noting_image)
+    report = Report({}, metric, ROWS, history=history)
+    reporting.plot_training(tmp_path / "training.png", report, "title")
+    assert min(imread(tmp_path / "training.png").shape[:2]) > 200
+    assert ([0.40004], 0.814) in drawn
+    assert (("image", (reporting.GATE_BINS, 2)) in drawn) is bool(history)
+    expected = {"accuracy": (0.6, 0.7), "loss": (1.5, 1.2)}
+    expected["perplexity"] = tuple(map(math.exp, expected["loss"]))
+    assert (([0.0, 0.4], expected[metric]) in drawn) is bool(history)
+    assert (([1.0, 2.0], (2.0, 1.0)) in drawn) is bool(history)
+
+
+def test_history_is_written_without_what_json_has_not(tmp_path):
+    reporting.write_report(tmp_path / "report.json", Report({}, "loss", ROWS, history=HISTORY))
+    found = json.loads((tmp_path / "report.json").read_text())["history"]["gated"]
+    assert [entry.get("loss") for entry in found] == [2.0, None, None, None, None]
+    assert found[0]["gates"] == HISTORY["gated"][0]["gates"]
 
 
 def test_removal_of_an_emptied_layer():

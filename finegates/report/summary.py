@@ -66,7 +66,7 @@ class Report:
     history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the schema's version; a score that is NaN becomes null."""
+        """Return JSON values, with the schema's version; a figure that isn't finite becomes null."""
         return {
             "version": REPORT_VERSION,
             "job": dict(self.job),
@@ -86,7 +86,7 @@ class Report:
 
 
 def _or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def form(metric: str) -> Callable[[float], str]:
