@@ -66,7 +66,7 @@ class Report:
     history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the schema's version; a figure that isn't finite becomes null."""
+        """Return JSON values, with the schema's version; what isn't finite becomes null."""
         return {
             "version": REPORT_VERSION,
             "job": dict(self.job),
