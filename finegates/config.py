@@ -53,6 +53,9 @@ class GateConfig:
         sigma: standard deviation of the Gaussian noise.
         open_sigma: σ₀ in the Gaussian open probability Φ((tanh θ + offset) / σ₀).
         offset: the shift inside the Gaussian clamp, ½ in the paper.
+        reorder_every: optimizer steps between two calls of `FusedGatedLinear.reorder_`, 0 for none.
+            For a GPU, where closed gates then cost neither traffic nor arithmetic, at the price of
+            a second copy of every gated weight; not measured on a GPU yet. Needs frozen weights.
         lora_rank: rank of a LoRA inside the gates of every gated layer, 0 for none:
             y = r ⊙ ((w + (lora_alpha / lora_rank) B A)(c ⊙ x) + b), trained with the gates and
             folded into the weight by `prune_` (Hu et al. 2021, arXiv 2106.09685).
@@ -91,6 +94,7 @@ class GateConfig:
     ramp: float = 0.3
     penalty_weight: float = 1.0
     gate_learning_rate: float | None = None
+    reorder_every: int = 0
     lora_rank: int = 0
     lora_alpha: float = 8.0
     lora_dropout: float = 0.0
@@ -119,8 +123,12 @@ class GateConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be a bool, got {value!r}")
-        if type(self.lora_rank) is not int or self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be a whole number from 0, got {self.lora_rank!r}")
+        for name in ("lora_rank", "reorder_every"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
+        if self.reorder_every and self.train_weight:
+            raise ValueError(f"reorder_every needs train_weight=False, got {self.reorder_every}")
         if self.objective == "per_axis" and self.distribution == "ranking":
             raise ValueError(
                 "objective 'per_axis' needs gaussian or hard_concrete gates, got 'ranking'"

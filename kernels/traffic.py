@@ -84,6 +84,21 @@ def backward(m: int, n: int, k: int, size: int, tile: Tile) -> Traffic:
     return Traffic(loads, stores, distinct)
 
 
+def ordered_weight(
+    m: int, n: int, k: int, size: int, forward: Tile, backward: Tile, left: tuple[int, int]
+) -> int:
+    """Return the bytes of w that a step issues with ``left`` rows and columns open and first.
+
+    Whole tiles: a step gets cheaper by each tile of closed gates.
+    """
+    issued = 0
+    for tile in (forward, backward):
+        rows = min(-(-left[0] // tile.n) * tile.n, n)
+        columns = min(-(-left[1] // tile.k) * tile.k, k)
+        issued += cdiv(m, tile.m) * rows * columns * size
+    return issued
+
+
 def frozen(m: int, n: int, k: int, size: int) -> int:
     """Return a frozen Linear's compulsory bytes: forward, backward to x and to the bias."""
     return size * (2 * (m * k + n * k + m * n) + m * n + 2 * n)

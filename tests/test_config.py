@@ -26,6 +26,7 @@ def configs(draw: st.DrawFn) -> GateConfig:
     warmup = draw(st.floats(0.0, 1.0, exclude_max=True))
     rows = draw(st.booleans())
     distribution = draw(st.sampled_from(DISTRIBUTIONS))
+    train_weight = draw(st.booleans())
     return GateConfig(
         distribution=distribution,
         sparsity=draw(st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)),
@@ -35,7 +36,8 @@ def configs(draw: st.DrawFn) -> GateConfig:
         columns=draw(st.booleans()) or not rows,
         modules=draw(st.none() | PATTERNS.filter(bool)),
         train_bias=draw(st.booleans()),
-        train_weight=draw(st.booleans()),
+        train_weight=train_weight,
+        reorder_every=0 if train_weight else draw(st.integers(0, 1000)),
         trainable=draw(PATTERNS),
         closed_gradient=draw(st.booleans()),
         warmup=warmup,
@@ -94,6 +96,9 @@ INVALID: list[tuple[str, Any]] = [
     ("train_bias", "yes"),
     ("train_weight", 0),
     ("closed_gradient", 1.0),
+    ("reorder_every", -1),
+    ("reorder_every", 2.0),
+    ("reorder_every", True),
     ("sparsity", 0.0),
     ("sparsity", 1.0),
     ("sparsity", -0.1),
@@ -228,6 +233,11 @@ def test_edges_are_where_the_evaluation_value_saturates(distribution: str, offse
 def test_per_axis_objective_needs_probabilities() -> None:
     with pytest.raises(ValueError, match="objective 'per_axis' needs gaussian or hard_concrete"):
         GateConfig(distribution="ranking", objective="per_axis")
+
+
+def test_an_order_needs_frozen_weights() -> None:
+    with pytest.raises(ValueError, match="reorder_every needs train_weight=False, got 50"):
+        GateConfig(reorder_every=50, train_weight=True)
 
 
 def test_learning_rate_of_the_logits_follows_the_distribution() -> None:

@@ -23,6 +23,18 @@ class _Ordered(NamedTuple):
     source: tuple[int, int]
 
 
+# As wide as the tiles are in which the kernels skip closed gates.
+_TILE = 64
+
+
+def _closed_last(gate: Gate | None) -> Tensor | None:
+    """Return the gate's features with the closed ones last, None if they fill no tile."""
+    if gate is None:
+        return None
+    closed = gate.value() == 0
+    return torch.argsort(closed.int(), stable=True).int() if closed.sum() >= _TILE else None
+
+
 class FusedGatedLinear(nn.Linear):
     """y = r ⊙ ((x ⊙ c) wᵀ + b) with learned gates r [N] on rows and c [K] on columns.
 
@@ -125,18 +137,22 @@ class FusedGatedLinear(nn.Linear):
         """Put closed gates last in a copy of the frozen weight: a GPU then skips their tiles.
 
         No result changes beyond the order of summation; gates, noise and state dict keep theirs.
-        Call it again every few dozen steps, as gates close. The copy takes as much memory as the
-        weight, and is ignored once the weight has changed or moved.
+        Call it again every few dozen steps, as gates close, or let ``config.reorder_every`` do it.
+        The copy takes as much memory as the weight, and is ignored once the weight has changed or
+        moved. There is none where nothing would be skipped: on a CPU, and while no side has closed
+        as many gates as a tile is wide.
 
         Raises:
             ValueError: the weight is trained.
         """
         if self.weight.requires_grad:
             raise ValueError("weight must be frozen: a copy in another order would not be trained")
-        rows, columns = (
-            None if gate is None else torch.argsort((gate.value() == 0).int(), stable=True).int()
-            for gate in (self.row_gate, self.column_gate)
-        )
+        self._ordered = None
+        if not (self.weight.is_cuda or INTERPRETED):
+            return
+        rows, columns = (_closed_last(gate) for gate in (self.row_gate, self.column_gate))
+        if rows is None and columns is None:
+            return
         weight: Tensor = self.weight.detach()
         weight = weight if rows is None else weight[rows]
         weight = weight if columns is None else weight[:, columns]

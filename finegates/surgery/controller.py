@@ -94,13 +94,19 @@ class GateController:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Rank the units when the warm-up ends, and meet the step's budget from then on."""
-        if self.config.objective != "fraction" or step < self._warmup - 1:
-            return
-        if self._ranking and step == self._warmup - 1:
-            for logits in self.logits:
-                logits.copy_(0.5 * torch.log(logits / self._warmup))
-        self.map.project_(self.config.target((step + 1) / self.total_steps))
+        """Rank the units when the warm-up ends, and meet the step's budget from then on.
+
+        Every ``reorder_every`` steps the layers put what is closed by then last.
+        """
+        if self.config.objective == "fraction" and step >= self._warmup - 1:
+            if self._ranking and step == self._warmup - 1:
+                for logits in self.logits:
+                    logits.copy_(0.5 * torch.log(logits / self._warmup))
+            self.map.project_(self.config.target((step + 1) / self.total_steps))
+        every = self.config.reorder_every
+        if every and (step + 1) % every == 0:
+            for layer in self.map.layers.values():
+                layer.reorder_()
 
     def finish(self) -> Removal:
         """Meet the final budget exactly, and return what is removed.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finegates import FusedGatedLinear, GateConfig, use_backend
+from finegates import FusedGatedLinear, GateConfig, gate_, use_backend
 from finegates.gates import Gate
 from finegates.ops import (
     _triton_gated,
@@ -24,6 +24,7 @@ from finegates.ops import (
     reference,
     schema,
 )
+from finegates.surgery import GateController
 from gated_case import make
 from numerics import assert_no_worse
 
@@ -178,16 +179,17 @@ def test_open_mass(distribution: str) -> None:
         torch.testing.assert_close(grads[0], plain, rtol=1e-4, atol=1e-6)
 
 
-def layer_of(distribution: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    layer = FusedGatedLinear(
-        70, 66, dtype=dtype, config=GateConfig(distribution=distribution, **changes)
-    )
+def layer_of(
+    distribution: str, sizes: tuple[int, int] = (70, 66), margin: float = 0.5, **changes: Any
+) -> Any:
+    """Return a layer whose logits lie around ``margin`` above the closing one."""
+    layer = FusedGatedLinear(*sizes, config=GateConfig(distribution=distribution, **changes))
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for gate in (layer.row_gate, layer.column_gate):
             if gate is not None:
                 noise = torch.randn(gate.logits.shape, generator=g)
-                gate.logits.copy_(noise * 0.7 + gate.config.closing_logit + 0.5)
+                gate.logits.copy_(noise * 0.7 + gate.config.closing_logit + margin)
     return layer
 
 
@@ -248,6 +250,8 @@ def test_reordering_changes_no_result(distribution: str, closed_gradient: bool, 
     """The same step with closed gates last; a changed weight is used at once."""
     layer = layer_of(
         distribution,
+        (150, 160),
+        0.0,
         closed_gradient=closed_gradient,
         rows=sides != "columns",
         columns=sides != "rows",
@@ -255,7 +259,7 @@ def test_reordering_changes_no_result(distribution: str, closed_gradient: bool, 
     with pytest.raises(ValueError, match="weight must be frozen"):
         layer.reorder_()
     layer.weight.requires_grad_(False)
-    x = torch.randn(3, 5, 70)
+    x = torch.randn(3, 5, 150)
     plain = step(layer, x)
     names = list(layer.state_dict())
     layer.reorder_()
@@ -266,6 +270,49 @@ def test_reordering_changes_no_result(distribution: str, closed_gradient: bool, 
     with torch.no_grad():
         layer.weight.mul_(2.0)
     assert layer._operands()[0] is layer.weight
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_controller_refreshes_the_order(distribution: str) -> None:
+    """Training with a new order every other step is training without one."""
+    trained, orders = [], []
+    for every in (0, 2):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(150, 160), nn.GELU(), nn.Linear(160, 150))
+        config = GateConfig(
+            distribution=distribution, modules=("*",), sparsity=0.8, warmup=0.2, ramp=0.2,
+            reorder_every=every,
+        )  # fmt: skip
+        gate_(model, config).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        controller = GateController(model, total_steps=6)
+        controller.start()
+        for i in range(6):
+            model(torch.randn(5, 150)).square().mean().backward()
+            controller.before_step(i)
+            optimizer.step()
+            optimizer.zero_grad()
+            controller.after_step(i)
+            orders.append(model[0]._ordered)
+        trained.append(torch.cat([p.detach().flatten() for p in parameters]))
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+    assert orders[:7] == [None] * 7, "no order was asked for, or nothing is closed yet"
+    assert orders[9] is orders[10], "an order holds until the next"
+    assert all(orders[11] is not other for other in (None, orders[9]))
+
+
+def test_order_is_kept_where_nothing_would_be_skipped() -> None:
+    layer = layer_of("ranking", (150, 160), 9.0)
+    layer.weight.requires_grad_(False)
+    layer.reorder_()
+    assert layer._operands()[0] is layer.weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finegates.nn.gated_linear.INTERPRETED", False)
+        closed = layer_of("ranking", (150, 160), -9.0)
+        closed.weight.requires_grad_(False)
+        closed.reorder_()
+        assert closed._operands()[0] is closed.weight, "a CPU skips nothing"
 
 
 def count_calls(op: str) -> dict[str, int]:

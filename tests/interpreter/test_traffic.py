@@ -17,7 +17,7 @@ from finegates.kernels.gated_matmul import _gated_matmul_fwd_kernel
 from finegates.kernels.gated_matmul_bwd import gated_matmul_bwd_x
 from finegates.kernels.operands import Gates, Weight
 from finegates.ops import _triton_gated
-from gated_case import make
+from gated_case import FROZEN, PRETRAINING, make
 
 
 class Recorder:
@@ -31,6 +31,25 @@ class Recorder:
         width = np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty())).itemsize
         addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
         self.accesses.append((kind, addresses.ravel(), width))
+
+    def touched_by_loads(self, tensor: Tensor) -> Tensor:
+        """Return which elements of a contiguous tensor were loaded."""
+        start, mask = tensor.data_ptr(), torch.zeros(tensor.numel(), dtype=torch.bool)
+        for kind, addresses, _ in self.accesses:
+            place = (addresses.astype(np.int64) - start) // tensor.element_size()
+            place = place[(place >= 0) & (place < tensor.numel())]
+            if kind == "load":
+                mask[torch.from_numpy(place)] = True
+        return mask.view(tensor.shape)
+
+    def loads_of(self, tensor: Tensor) -> int:
+        """Return the bytes issued in loads of one tensor."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes()
+        return sum(
+            width * int(((addresses >= start) & (addresses < end)).sum())
+            for kind, addresses, width in self.accesses
+            if kind == "load"
+        )
 
     def by_tensor(self, tensors: dict[str, Tensor]) -> tuple[Counter[str], ...]:
         """Return issued loads, issued stores and distinct bytes; an address outside all fails."""
@@ -131,6 +150,55 @@ def test_closed_tiles_are_not_read(recorder: Recorder) -> None:
     loads, _, _ = recorder.by_tensor({**named, "dy": dy, "dx": dx, "dc": dc, "dr": dr, "db": db})
     assert loads["w"] == (m // 32) * 4 * 64 * 64
     assert loads["x"] == 4 * m * 64
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete", "ranking"])
+def test_a_step_reads_less_as_gates_close(distribution: str, recorder: Recorder) -> None:
+    """Scattered closed gates cost what open ones do; put last, their tiles are not read."""
+    m, n, k = 40, 320, 256
+    config = GateConfig(distribution=distribution, closed_gradient=False)
+    layer = FusedGatedLinear(k, n, config=config)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(m, k, requires_grad=True)
+    tiles = [launch.gemm_tile(kind, x, m, n, k) for kind in ("fwd_map", "bwd_x_map")]
+    reads = []
+    for closed in (0.0, 0.3, 0.6, 0.9, 1.0):
+        left = []
+        for gate in (layer.row_gate, layer.column_gate):
+            assert gate is not None
+            off = torch.randperm(gate.size)[: int(closed * gate.size)]
+            with torch.no_grad():
+                gate.logits.fill_(9.0)
+                gate.logits[off] = -30.0  # no sample opens it
+            left.append(gate.size - len(off))
+        layer.reorder_()
+        weight = layer._operands()[0]
+        recorder.accesses.clear()
+        layer(x).sum().backward()
+        reads.append(recorder.loads_of(weight))
+        assert reads[-1] == traffic.ordered_weight(m, n, k, 4, *tiles, tuple(left))
+    assert reads[0] > reads[1] > reads[2] > reads[3] > reads[4] == 0
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_step_on_the_compact_weight_reads_what_is_left(
+    gathered: bool, recorder: Recorder
+) -> None:
+    """Of the removed features neither x, dy, y nor w is read, in forward or backward."""
+    m, n, k = 80 if gathered else 40, 192, 128
+    case = make(m, n, k, distribution="ranking")
+    rows, columns = (logits > 0 for logits in (case.row_logits, case.column_logits))
+    case.w = case.w[rows][:, columns].clone()
+    case.b = case.b[rows].clone()
+    case.rows, case.columns = (side.nonzero().squeeze(1).int() for side in (rows, columns))
+    y, r, c = _triton_gated.gated_matmul_fused(case.call())
+    dy = torch.randn(m, n)
+    for mask in (FROZEN, PRETRAINING):
+        _triton_gated.gated_matmul_backward_fused(case.call(), dy, y, r, c, mask)
+    for tensor, kept in ((case.x, columns), (dy, rows), (y, rows)):
+        touched = recorder.touched_by_loads(tensor)
+        assert touched.any()
+        assert not touched[:, ~kept].any()
 
 
 def tensors_of(case: Any) -> dict[str, Tensor]:
