@@ -57,3 +57,11 @@ def test_what_a_kill_cut_short_is_skipped(
 
 def test_a_state_of_another_step_is_no_checkpoint(tmp_path: Path) -> None:
     assert damage(write(tmp_path, 4), 5) == "trainer_state.json is not that of step 5"
+
+
+def test_what_fsdp_writes_is_whole_too(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, 3)
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
+    assert damage(checkpoint, 3) is None
+    (checkpoint / "optimizer.bin").unlink()
+    assert damage(checkpoint, 3) == "optimizer.* is missing"

@@ -124,6 +124,8 @@ def test_wheel_holds_every_module_and_nothing_else(pure_wheel: zipfile.ZipFile) 
     }
     kernels = {f"finegates/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     assert {n for n in packed if n.endswith(".py")} == sources | kernels
+    configs = {f"finegates/recipes/llama/llama_{size}.json" for size in ("9m", "7b")}
+    assert configs <= packed
     packed.remove("finegates/_native_reason.txt")
     others = {Path(n).suffix for n in packed} - {".py", ".typed", ".json"}
     assert not others, f"the pure wheel holds {others}"

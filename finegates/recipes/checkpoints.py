@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 _log = logging.getLogger("finegates")
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What transformers' Trainer reads to go on as if it had not stopped; torch writes zip archives,
-# whose directory comes last.
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+# whose directory comes last. Under FSDP the optimizer is a .bin.
+_ARCHIVES = ("optimizer.*", "scheduler.pt", "rng_state*.pth")
 
 
 def last_complete(folder: Path) -> Path | None:

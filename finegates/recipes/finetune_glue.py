@@ -73,9 +73,8 @@ class Finetune(Job):
         others = [split for split in self.data if split not in ("train", "validation")]
         splits = {split: self.score(reloaded, split) for split in others}
         sizes = sorted({min(size, len(self.data["validation"])) for size in _BATCHES})
-        # The table is the CPU's, wherever the models were trained.
-        timings = report.latency(
-            {dense_row.model: dense.cpu(), removed_rows[-1].model: reloaded.cpu()},
+        timings = self.latency(
+            {dense_row.model: dense, removed_rows[-1].model: reloaded},
             {f"batch {size}": self._inputs(size) for size in sizes},
         )
         result = report.Report(

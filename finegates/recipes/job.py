@@ -170,6 +170,12 @@ class Job(ABC):
             raise RuntimeError(f"the reloaded model scores {second}, the pruned one {first}")
         return reloaded, rows
 
+    def latency(self, models: dict[str, Any], inputs: dict[str, Any]) -> list[report.Timing]:
+        """Time the models on the CPU, wherever they were trained; only the first process does."""
+        if not self.training.should_save:
+            return []
+        return report.latency({name: model.cpu() for name, model in models.items()}, inputs)
+
     def write(self, result: report.Report, title: str) -> report.Report:
         """Write the report and its figures."""
         if self.training.should_save:

@@ -59,12 +59,12 @@ class Posttrain(LanguageJob):
             "gated", gate_(self.fresh_model(), self.gate_config), self.training.learning_rate
         )
         reloaded, removed_rows = self.remove(gated)
-        models = {"dense": dense.cpu(), "reloaded": reloaded.cpu()}
+        models = {"dense": dense, "reloaded": reloaded}
         result = report.Report(
             job={**self.facts(), **couplings(reloaded)},
             metric=self.metric,
             rows=[dense_row, gated_row, *removed_rows],
-            timings=report.latency(models, self.inputs()),
+            timings=self.latency(models, self.inputs()),
             layers=report.kept(gated, reloaded),
             samples={name: self._sample(model) for name, model in models.items()}
             if self.arguments.new_tokens
@@ -83,7 +83,7 @@ class Posttrain(LanguageJob):
     @torch.inference_mode()
     def _sample(self, model: Any) -> str:
         """Return what the model makes of the evaluation text's beginning, greedily."""
-        prompt = self.text.validation[0]["input_ids"][None, :_PROMPT]
+        prompt = self.text.validation[0]["input_ids"][None, :_PROMPT].to(model.device)
         written = model.eval().generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),

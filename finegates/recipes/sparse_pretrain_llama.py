@@ -74,9 +74,7 @@ class Pretrain(LanguageJob):
             job={**self.facts(), **couplings(reloaded)},
             metric=self.metric,
             rows=[*([] if dense_row is None else [dense_row]), gated_row, *removed_rows],
-            timings=report.latency(
-                {"dense": dense.cpu(), "reloaded": reloaded.cpu()}, self.inputs()
-            ),
+            timings=self.latency({"dense": dense, "reloaded": reloaded}, self.inputs()),
             layers=report.kept(gated, reloaded),
             ratios=ratios,
             history=self.history,
