@@ -27,6 +27,8 @@ from finegates.recipes import finetune_glue, training
 from finegates.recipes import job as recipe
 from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
 from finegates.recipes.finetune_glue import Finetune
+from finegates.recipes.models import DEFAULT_MODEL
+from shared_data import shared
 from tiny_tasks import WORDS, write_model, write_split, write_task
 
 
@@ -172,6 +174,11 @@ def test_foreign_folder_is_never_replaced(
     [
         (["--sparsity", "1.5"], "sparsity must be in (0, 1), got 1.5"),
         (["--distribution", "bernoulli"], "distribution must be one of"),
+        (["--gates", "{warmup: 0.1}"], "gates must be a JSON object, got '{warmup: 0.1}'"),
+        (["--gates", "[1]"], "gates must be a JSON object, got '[1]'"),
+        (["--gates", '{"tie": "none"}'], "fields of GateConfig that have no flag, got 'tie'"),
+        (["--gates", '{"warmpu": 0.1}'], "fields of GateConfig that have no flag, got 'warmpu'"),
+        (["--gates", '{"warmup": 2}'], "warmup must be in [0, 1), got 2"),
         (["--max_length", "64"], "max_length must be between 8 and 32, got 64"),
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
@@ -213,6 +220,13 @@ def test_paper_constants_are_one_flag(tiny: tuple[Path, Path], tmp_path: Path) -
     gated = json.loads((output / "gated" / "model" / "config.json").read_text())
     stored = GateConfig.from_dict(gated["quantization_config"]["gate_config"])
     assert replace(stored, modules=None) == GateConfig.paper()
+
+
+def test_further_fields_of_the_gates_are_json() -> None:
+    arguments = FinetuneArguments(gates='{"warmup": 0.1, "closed_gradient": false}')
+    assert arguments.gate_config() == GateConfig(warmup=0.1, closed_gradient=False)
+    arguments = FinetuneArguments(gates='{"penalty_weight": 5}', paper=True, sparsity=0.3)
+    assert arguments.gate_config() == GateConfig.paper(penalty_weight=5, sparsity=0.3)
 
 
 def test_epochs_count_when_they_are_given() -> None:
@@ -412,6 +426,22 @@ def test_both_development_sets_of_mnli_are_scored(tiny: tuple[Path, Path], tmp_p
     written = json.loads((output / "report.json").read_text())
     assert set(written["splits"]) == {"validation_mismatched"}
     assert 0.0 <= written["splits"]["validation_mismatched"] <= 1.0
+
+
+def test_quick_run_on_the_real_model_and_real_sentences(tmp_path: Path) -> None:
+    """MiniLM on the start of SST-2: a few steps, the whole job."""
+    source, data = shared("glue/SST-2"), tmp_path / "SST-2"
+    data.mkdir()
+    for name, rows in (("train", 200), ("dev", 64)):
+        lines = (source / f"{name}.tsv").read_text().splitlines()[: rows + 1]
+        (data / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    more = ("--model", DEFAULT_MODEL, "--max_length", "32", "--save_strategy", "no")
+    output = tmp_path / "run"
+    assert main(["finetune", *words((tmp_path, data), output, *more)]) == 0
+    rows = {row["model"]: row for row in json.loads((output / "report.json").read_text())["rows"]}
+    assert rows["pruned"]["removed"] == pytest.approx(0.4, abs=0.002)
+    assert rows["gated"]["score"] == rows["reloaded"]["score"]
+    assert rows["reloaded"]["disk"] < 0.85 * rows["full fine-tuning"]["disk"]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -33,22 +35,47 @@ class GateArguments:
     paper: bool = field(
         default=False, metadata={"help": "the authors' constants (GateConfig.paper)"}
     )
+    gates: str = field(
+        default="{}",
+        metadata={"help": 'further fields of GateConfig as JSON, for instance {"warmup": 0.2}'},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace another run's output folder"}
     )
 
     def gate_config(self) -> GateConfig:
-        """Return the gates' config; with ``paper`` only sparsity and LoRA are taken from here."""
+        """Return the gates' config; with ``paper`` only sparsity, LoRA and ``gates`` are from here.
+
+        Raises:
+            ValueError: ``gates`` is no JSON object of further fields, or a field is out of range.
+        """
+        shared: dict[str, Any] = {"sparsity": self.sparsity, "lora_rank": self.lora_rank}
+        own: dict[str, Any] = {
+            "distribution": self.distribution,
+            "objective": self.objective,
+            "tie": self.tie,
+            "gate_learning_rate": self.gate_learning_rate,
+        }
+        further = _json_object("gates", self.gates)
+        allowed = {f.name for f in fields(GateConfig)} - {*shared, *own}
+        wrong = sorted(set(further) - allowed)
+        if wrong:
+            raise ValueError(
+                f"gates must hold fields of GateConfig that have no flag, got {wrong[0]!r}"
+            )
         if self.paper:
-            return GateConfig.paper(sparsity=self.sparsity, lora_rank=self.lora_rank)
-        return GateConfig(
-            distribution=self.distribution,
-            sparsity=self.sparsity,
-            objective=self.objective,
-            tie=self.tie,
-            gate_learning_rate=self.gate_learning_rate,
-            lora_rank=self.lora_rank,
-        )
+            return GateConfig.paper(**shared, **further)
+        return GateConfig(**shared, **own, **further)
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a JSON object, got {text!r} ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a JSON object, got {text!r}")
+    return values
 
 
 @dataclass

@@ -137,12 +137,9 @@ def step_seconds(history: Sequence[Mapping[str, Any]]) -> float | None:
 @contextmanager
 def quiet_about_ties(model: torch.nn.Module) -> Iterator[None]:
     """Hide the Trainer's warning that a checkpoint lacks the further names of shared parameters."""
-    seen: set[int] = set()
-    further = [
-        name
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if id(tensor) in seen or seen.add(id(tensor))  # type: ignore[func-returns-value]
-    ]
+    owners: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    further = [n for n, tensor in state.items() if owners.setdefault(id(tensor), n) != n]
     expected = f"There were missing keys in the checkpoint model loaded: {further}."
     logger = logging.getLogger("transformers.trainer")
 
