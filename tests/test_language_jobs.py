@@ -25,6 +25,7 @@ from finegates import GateConfig, PrunedLinear, gate_
 from finegates.cli import main
 from finegates.recipes import job as recipe
 from finegates.recipes import training
+from finegates.recipes.arguments import PosttrainArguments
 from finegates.recipes.sparse_pretrain_llama import CONFIGS, load_config
 from finegates.surgery import GateMap
 from shared_data import shared
@@ -128,6 +129,13 @@ def test_only_gates_and_norms_are_trained(llama: Path, text: Path, tmp_path: Pat
         assert main(["posttrain", *words(text, output, *arguments)]) == 0
         units = sum(gate.logits.numel() for gate in GateMap(gated_of(output)).gates())
         assert rows_of(output)["gated"]["trainable"] == units + more
+
+
+def test_what_is_trained_can_be_named() -> None:
+    assert PosttrainArguments().gate_config().trainable == ("*norm.weight",)
+    assert PosttrainArguments(train_norms=False).gate_config().trainable == ()
+    named = PosttrainArguments(gates='{"trainable": ["*"], "train_weight": true}')
+    assert named.gate_config().trainable == ("*",)
 
 
 def test_pretrain_against_the_same_run_without_gates(

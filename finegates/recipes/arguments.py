@@ -142,8 +142,10 @@ class PosttrainArguments(TextArguments, GateArguments):
     new_tokens: int = field(default=60, metadata={"help": "tokens of the printed sample; 0: none"})
 
     def gate_config(self) -> GateConfig:
-        """Return the gates' config; nothing but gates, biases and norms is trained."""
+        """Return the gates' config; norms are trained unless ``gates`` names other parameters."""
         config = super().gate_config()
+        if config.trainable != GateConfig.trainable:
+            return config
         return replace(config, trainable=("*norm.weight",) if self.train_norms else ())
 
 
@@ -163,7 +165,9 @@ class PretrainArguments(TextArguments, GateArguments):
     )
     gate_start: float = field(
         default=0.3,
-        metadata={"help": "step at which gates begin to close; below 1 a fraction of all steps"},
+        metadata={
+            "help": "step at which gates begin to close, GateConfig's warmup; below 1 a fraction"
+        },
     )
     gate_down_proj: bool = field(
         default=True, metadata={"help": "gate the MLP's output projections too"}

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import report
@@ -43,9 +44,10 @@ class Pretrain(LanguageJob):
             raise ValueError(
                 f"gate_start must be below max_steps={steps} and not negative, got {start}"
             )
-        modules = None
+        modules = self.gate_config.modules
         if not self.arguments.gate_down_proj:
-            names = architecture_of(self.load_model()).linears
+            with torch.device("meta"):
+                names = modules or architecture_of(self.load_model()).linears
             modules = tuple(name for name in names if not name.endswith("down_proj"))
         ramp = min(self.gate_config.ramp, 1.0 - warmup)
         self.gate_config = replace(
