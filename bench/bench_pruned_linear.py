@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TORCH_DTYPES, Case, add_compiled, check, interleave, make_case, medians
+from harness import TORCH_DTYPES, Case, add_peers, check, interleave, make_case, medians
+from peers import COMPILERS, RUNTIMES
 from shapes import (
     BATCHES,
     COLD_BATCHES,
     COLD_BYTES,
     COLD_LAYERS,
+    COMPILED_BATCHES,
+    COMPILED_LAYERS,
     DTYPES,
     LAYERS,
     REMOVED,
@@ -25,14 +28,16 @@ from finegates.ops import _cpu
 from finegates.report.ceilings import peak_flops, read_bandwidth
 
 
-def report(benchmark: Any, case: Case, dtype: str, threads: int, seconds: float = 0.8) -> None:
-    """Run the gate, the interleaved clock and pytest-benchmark's own, and keep the numbers."""
+def report(
+    benchmark: Any, case: Case, dtype: str, threads: int, seconds: float = 0.6
+) -> dict[str, float]:
+    """Run the gate and the interleaved clock, keep the numbers and return the medians, seconds."""
     check(case)
     samples = interleave(case.candidates, seconds)
     time = medians(samples)
     fastest = {name: min(times) for name, times in samples.items()}
-    libraries = {name: t for name, t in time.items() if name not in ("ours", "dense")}
-    library = min(libraries, key=lambda name: libraries[name])
+    dense = min((name for name in time if name.startswith("dense")), key=time.__getitem__)
+    library = min((n for n in time if n != "ours" and not n.startswith("dense")), key=time.get)
     peak = peak_flops(TORCH_DTYPES[dtype], threads)
     benchmark.extra_info.update(
         {
@@ -40,7 +45,10 @@ def report(benchmark: Any, case: Case, dtype: str, threads: int, seconds: float 
             "threads": threads,
             "microseconds": {name: 1e6 * t for name, t in time.items()},
             "minimum_microseconds": {name: 1e6 * t for name, t in fastest.items()},
+            "absent": case.absent,
             "dense_ratio": time["dense"] / time["ours"],
+            "fastest_dense": dense,
+            "fastest_dense_ratio": time[dense] / time["ours"],
             "library": library,
             "library_ratio": time[library] / time["ours"],
             "gflops": case.flops / time["ours"] / 1e9,
@@ -52,18 +60,32 @@ def report(benchmark: Any, case: Case, dtype: str, threads: int, seconds: float 
         }
     )
     benchmark.pedantic(case.candidates["ours"], rounds=5, iterations=1, warmup_rounds=0)
+    return time
 
 
 @pytest.mark.benchmark(group="grid")
 @pytest.mark.parametrize("m", BATCHES, ids=lambda m: f"M{m}")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", LAYERS)
-def bench_grid(benchmark: Any, request: Any, layer: str, dtype: str, m: int, threads: int) -> None:
+def bench_grid(benchmark: Any, layer: str, dtype: str, m: int, threads: int) -> None:
     case = make_case(layer, dtype, m, REMOVED)
-    if request.config.getoption("--compiled"):
-        add_compiled(case)
+    add_peers(case, RUNTIMES)
     benchmark.extra_info.update({"layer": layer, "dtype": dtype, "m": m, "removed": REMOVED})
     report(benchmark, case, dtype, threads)
+
+
+@pytest.mark.benchmark(group="compiled")
+@pytest.mark.parametrize("m", COMPILED_BATCHES, ids=lambda m: f"M{m}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", COMPILED_LAYERS)
+def bench_compiled(benchmark: Any, layer: str, dtype: str, m: int, threads: int) -> None:
+    """A part of the grid against compilers too: each shape takes them seconds."""
+    case = make_case(layer, dtype, m, REMOVED)
+    add_peers(case, COMPILERS)
+    benchmark.extra_info.update({"layer": layer, "dtype": dtype, "m": m, "removed": REMOVED})
+    time = report(benchmark, case, dtype, threads, seconds=0.4)
+    benchmark.extra_info["compiled_ratio"] = time["compiled"] / time["ours"]
+    benchmark.extra_info["compiled_dense_ratio"] = time["dense compiled"] / time["ours"]
 
 
 @pytest.mark.benchmark(group="removed")
@@ -76,7 +98,7 @@ def bench_removed(
 ) -> None:
     case = make_case(layer, dtype, m, removed)
     benchmark.extra_info.update({"layer": layer, "dtype": dtype, "m": m, "removed": removed})
-    report(benchmark, case, dtype, threads, seconds=0.5)
+    report(benchmark, case, dtype, threads, seconds=0.2)
 
 
 @pytest.mark.benchmark(group="cold")

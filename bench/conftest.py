@@ -8,6 +8,7 @@ from typing import Any
 import harness
 import pytest
 import torch
+from shapes import QUICK_BATCHES, QUICK_LAYERS, QUICK_REMOVED
 
 from finegates import _native
 from finegates.report import cpu_name
@@ -23,7 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="wall",
         help="cpu: time of the calling thread, for one thread on a busy machine",
     )
-    group.addoption("--compiled", action="store_true", help="torch.compile with freezing as well")
 
 
 def thread_counts(config: pytest.Config) -> list[int]:
@@ -48,13 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _quick(item: Any) -> bool:
-    from shapes import QUICK_BATCHES, QUICK_LAYERS
-
     params = item.callspec.params
-    return (
-        params.get("layer", QUICK_LAYERS[0]) in QUICK_LAYERS
-        and params.get("m", QUICK_BATCHES[0]) in QUICK_BATCHES
-    )
+    kept = {"layer": QUICK_LAYERS, "m": QUICK_BATCHES, "removed": QUICK_REMOVED}
+    return all(params.get(name, values[0]) in values for name, values in kept.items())
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Turn pytest-benchmark JSON into the README's tables and a PNG.
 
-python bench/table.py bench/results/grid.json [--png bench/results/grid.png]
+python bench/table.py build/bench.json [--png build/bench.png] > build/bench.md
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def missed(rows: list[dict[str, Any]]) -> str:
     return "\n".join(out) or "none"
 
 
+def absences(rows: list[dict[str, Any]]) -> str:
+    """Which libraries were not timed and why, each reason once with its number of cells."""
+    reasons = Counter(pair for r in rows for pair in r.get("absent", {}).items())
+    return "\n".join(f"* {name} ({n} cells): {why}" for (name, why), n in reasons.items()) or "none"
+
+
 def report(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     by_group = {g: [r for r in rows if r["group"] == g] for g in {r["group"] for r in rows}}
     about = [machine[key] for key in ("cpu_name", "isa", "torch", "clock")]
@@ -79,15 +86,26 @@ def report(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if cells := by_group.get("grid"):
         parts += [
             grid(cells, "dense_ratio", "times faster than dense F.linear, by M"),
+            grid(cells, "fastest_dense_ratio", "times faster than the fastest dense runtime"),
             grid(cells, "library_ratio", "times faster than the best library GEMM, gathered shape"),
             grid(cells, "share_of_peak", "share of the arithmetic peak", "{:.0%}"),
             f"**below a bar**\n\n{missed(cells)}",
+            f"**not timed**\n\n{absences(rows)}",
         ]
+    if cells := by_group.get("compiled"):
+        columns = ["layer", "dtype", "m", "threads", "compiled_ratio", "compiled_dense_ratio"]
+        title = "**over torch.compile with freezing: gathered shape, dense layer**"
+        parts.append(f"{title}\n\n{simple(cells, [*columns, 'library', 'library_ratio'])}")
     if cells := by_group.get("removed"):
-        columns = ["layer", "dtype", "m", "removed", "threads", "dense_ratio", "library_ratio"]
-        parts.append("**by share removed**\n\n" + simple(cells, columns))
+        parts += [
+            grid(
+                [{**r, "layer": f"{r['layer']}, {r['removed']:.0%} removed"} for r in cells],
+                "dense_ratio",
+                "times faster than dense F.linear, by share removed",
+            )
+        ]
     if cells := by_group.get("cold"):
-        columns = ["layer", "dtype", "m", "dense_ratio", "weight_gbytes_per_second"]
+        columns = ["layer", "dtype", "m", "threads", "dense_ratio", "weight_gbytes_per_second"]
         parts.append("**cold weights**\n\n" + simple(cells, [*columns, "share_of_read_bandwidth"]))
     decode = ["layer", "dtype", "m", "threads", "ratio"]
     for group, title, columns in (
@@ -113,19 +131,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cells = [r for r in rows if r["group"] == "grid"]
-    dtypes = list(dict.fromkeys(r["dtype"] for r in cells))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(6 * len(dtypes), 4), squeeze=False)
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
+    panels = list(dict.fromkeys((r["threads"], r["dtype"]) for r in cells))
+    dtypes = len({dtype for _, dtype in panels})
+    tall = len(panels) // dtypes
+    figure, axes = plt.subplots(tall, dtypes, figsize=(6 * dtypes, 4 * tall), squeeze=False)
+    for axis, (threads, dtype) in zip(axes.flat, panels, strict=True):
         for layer in dict.fromkeys(r["layer"] for r in cells):
             line = sorted(
                 (r["m"], r["dense_ratio"])
                 for r in cells
-                if (r["layer"], r["dtype"]) == (layer, dtype)
+                if (r["layer"], r["dtype"], r["threads"]) == (layer, dtype, threads)
             )
             axis.plot(*zip(*line, strict=True), marker="o", label=layer)
         axis.axhline(IDEAL, color="black", linestyle="--", label=f"ideal {IDEAL:.2f}")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(title=dtype, xlabel="rows of x (M)", ylabel="times faster than dense F.linear")
+        title = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
+        axis.set(title=title, xlabel="rows of x (M)", ylabel="times faster than dense F.linear")
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
     axes[0][-1].legend(fontsize="small")
