@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, Trainer
 
+import tiny_text
 from finegates import GateConfig, GateMap
 from finegates.cli import main
 from finegates.hf.trainer import GatedTrainer
 from finegates.recipes import compare
-from finegates.recipes.compare import Run, execute, read_plan
+from finegates.recipes.compare import read_plan
+from finegates.recipes.experiment import Run, execute
 from finegates.recipes.methods import METHODS, trainer_class
+from finegates.recipes.text import file_documents, pack
 from finegates.report import plot_spread, spread_table
 from tiny_tasks import write_model, write_task
 
@@ -159,7 +163,8 @@ def test_plan_expands_lists_and_sorts_by_seed(tmp_path: Path) -> None:
         ("{", "Expecting property name"),
         ("{}", "'rows'"),
         ("[]", "object has no attribute"),
-        ('{"rows": [{"method": "head"}]}', r"lacks \['dataset', 'learning_rate'\]"),
+        ('{"rows": [{"method": "head"}]}', r"lacks \['learning_rate'\]"),
+        ('{"rows": [{"method": "head", "learning_rate": 1}]}', "one of dataset and train_file"),
         ('{"rows": [{"speed": 3}]}', r"unknown keys \['speed'\]"),
         (
             '{"rows": [{"dataset": "d", "learning_rate": 1, "method": "magic"}]}',
@@ -176,6 +181,40 @@ def test_bad_plans_are_one_line(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(ValueError, match=f"plan.json: .*{message}"):
         read_plan(path)
+
+
+def test_language_models_are_scored_by_perplexity(tiny: Path, tmp_path: Path) -> None:
+    """No step is a pretrained model as it is; every method takes any text."""
+    tiny_text.write_model(tmp_path / "llama")
+    tiny_text.write_text(tmp_path / "train.txt")
+    tiny_text.write_text(tmp_path / "valid.txt", seed=1)
+    common = {
+        "train_file": "train.txt", "validation_file": "valid.txt", "model": "llama",
+        "learning_rate": 1e-2, "max_length": 16, "batch_size": 8, "sparsity": 0.2,
+        "trainable": [["*norm.weight"]],
+    }  # fmt: skip
+    rows = [
+        {"method": "dense", "max_steps": 0},
+        {"method": ["gates", "activation", "lora"], "max_steps": 20},
+    ]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"common": common, "rows": rows}))
+    before, *after = compared(tmp_path, path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    tokenizer = tiny_text.tokenizer()
+    blocks = pack(file_documents(tmp_path / "valid.txt"), tokenizer, 16)
+    ids = torch.tensor(list(blocks))
+    loss = model(ids, labels=ids).loss
+    assert before["scores"]["perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-4)
+    for found in after:
+        assert found["scores"]["perplexity"] < before["scores"]["perplexity"]
+    assert [found["removed"] for found in after] == pytest.approx([0.2, 0.2, 0.0], abs=0.02)
+    lines = [
+        {**found, "scores": {"perplexity": score}, "run": {**found["run"], "seed": seed}}
+        for seed, (found, score) in enumerate(zip(after[:1] * 2, (12.25, 9.75), strict=True))
+    ]
+    assert "| gates | " in spread_table(lines)
+    assert "| 11.0 ± 1.8 (2) |" in spread_table(lines)
 
 
 def test_bad_results_name_the_line(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from ._files import replacing
 
 Line = Mapping[str, Any]
+# Scores that are better when lower, shown as they are; all others are shown in percent.
+_LOWER = ("perplexity",)
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Spread:
     Args:
         rate: the learning rate.
         removed: mean removed fraction of the gated weights.
-        scores: one per seed.
+        scores: one per seed, in percent, or as they are where lower is better.
     """
 
     rate: float
@@ -80,16 +82,17 @@ def plot_spread(path: str | os.PathLike[str], lines: Sequence[Line], title: str 
         points.sort(key=lambda point: point.removed)
         color = f"C{number}"
         if points[-1].removed == 0.0:
-            axis.axhline(100 * points[0].mean, linestyle="--", color=color, label=label)
+            axis.axhline(points[0].mean, linestyle="--", color=color, label=label)
             continue
         axis.errorbar(
             [100 * point.removed for point in points],
-            [100 * point.mean for point in points],
-            [100 * point.deviation for point in points],
+            [point.mean for point in points],
+            [point.deviation for point in points],
             marker="o", markersize=4, capsize=3, color=color, label=label,
         )  # fmt: skip
     axis.set_xlabel("gated weights removed, %", fontsize=9)
-    axis.set_ylabel(next(iter(lines[0]["scores"])) + ", %", fontsize=9)
+    metric = _metric(lines[0])
+    axis.set_ylabel(metric if metric in _LOWER else f"{metric}, %", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
     if title:
@@ -112,19 +115,29 @@ def _settings(lines: Sequence[Line]) -> dict[tuple[str, float | None], list[Spre
         )
         rates = found.setdefault((label, run.get("sparsity")), {})
         rates.setdefault(run["learning_rate"], []).append(line)
+    higher = _metric(lines[0]) not in _LOWER if lines else True
     return {
         setting: sorted(
-            (_spread(rate, same) for rate, same in rates.items()), key=lambda s: -s.mean
+            (_spread(rate, same) for rate, same in rates.items()),
+            key=lambda spread: spread.mean,
+            reverse=higher,
         )
         for setting, rates in found.items()
     }
 
 
+def _metric(line: Line) -> str:
+    name: str = next(iter(line["scores"]))
+    return name
+
+
 def _spread(rate: float, lines: Sequence[Line]) -> Spread:
     removed = statistics.mean(line["removed"] for line in lines)
-    return Spread(rate, removed, tuple(next(iter(line["scores"].values())) for line in lines))
+    metric = _metric(lines[0])
+    scale = 1.0 if metric in _LOWER else 100.0
+    return Spread(rate, removed, tuple(scale * line["scores"][metric] for line in lines))
 
 
 def _text(spread: Spread) -> str:
-    deviation = f" ± {100 * spread.deviation:.1f}" if len(spread.scores) > 1 else ""
-    return f"{100 * spread.mean:.1f}{deviation} ({len(spread.scores)})"
+    deviation = f" ± {spread.deviation:.1f}" if len(spread.scores) > 1 else ""
+    return f"{spread.mean:.1f}{deviation} ({len(spread.scores)})"
