@@ -63,3 +63,21 @@ GPU_TOKENS = (1024, 2048, 4096, 8192, 16384)
 GPU_DECODE = (1, 32)
 GPU_TINY = {"tiny": (66, 70, True)}
 GPU_TINY_TOKENS = (33,)
+
+# Whole training steps: fields of a BertConfig, sequences a batch, tokens a sequence.
+ENCODERS = {
+    "MiniLM": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "RoBERTa-base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+}
+STEP_BATCH, STEP_LENGTH = 32, 64
+SHRINK_EVERY = 10

@@ -133,10 +133,10 @@ def test_the_layers_two_paths_agree(distribution: str) -> None:
         7, 9, config=GateConfig(distribution=distribution, init_std=1.0)
     ).eval()
     x = torch.randn(4, 7)
-    torch.testing.assert_close(layer._sample_in_kernel(x), layer(x))
+    torch.testing.assert_close(layer._sample_in_kernel(x, None), layer(x))
     grads = [
         torch.autograd.grad(path(x).sin().sum(), list(layer.parameters()))
-        for path in (layer, layer._sample_in_kernel)
+        for path in (layer, lambda x: layer._sample_in_kernel(x, None))
     ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -153,7 +153,7 @@ def test_the_two_paths_agree_on_tied_units(model_type: str) -> None:
         assert any(layer.row_gate.layout for layer in layers if layer.row_gate)
     for layer in layers:
         x = torch.randn(4, layer.in_features)
-        torch.testing.assert_close(layer._sample_in_kernel(x), layer(x))
+        torch.testing.assert_close(layer._sample_in_kernel(x, None), layer(x))
 
 
 @pytest.mark.parametrize("distribution", ALL)

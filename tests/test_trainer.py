@@ -85,13 +85,17 @@ def test_logits_have_their_own_group(tmp_path: Path) -> None:
     assert {id(p) for group in others for p in group["params"]} == rest
 
 
-@pytest.mark.parametrize("distribution", ["ranking", "gaussian"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"distribution": "gaussian"}, {"shrink_every": 3, "lora_rank": 2}],
+    ids=["ranking", "gaussian", "shrunk"],
+)
 @pytest.mark.parametrize("stop", [2, 5], ids=["in-warmup", "in-ramp"])
 def test_resumed_run_equals_the_uninterrupted_one(
-    tmp_path: Path, distribution: str, stop: int
+    tmp_path: Path, changes: dict[str, Any], stop: int
 ) -> None:
     """Bit for bit: the controller's state is in the logits, the rest is the Trainer's."""
-    fields = {"distribution": distribution, "warmup": 0.3, "ramp": 0.5}
+    fields = {"warmup": 0.3, "ramp": 0.5, **changes}
     whole = gated(**fields)
     GatedTrainer(model=whole, args=arguments(tmp_path / "a"), train_dataset=Tokens()).train()
 

@@ -46,6 +46,17 @@ class GateCallback(TrainerCallback):
         if state.global_step == 0:
             self.controller.start()
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Choose whether the step computes with the whole weights or with what is left."""
+        if self.controller is not None:
+            self.controller.begin_step(state.global_step)
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,

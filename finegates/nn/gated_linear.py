@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,25 @@ def _closed_last(gate: Gate | None) -> Tensor | None:
         return None
     closed = gate.value() == 0
     return torch.argsort(closed.int(), stable=True).int() if closed.sum() >= _TILE else None
+
+
+class _Compact(NamedTuple):
+    """What `FusedGatedLinear.shrink_` keeps of a layer, and what it was kept for."""
+
+    weight: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+    inner_rows: bool
+    inner_columns: bool
+    sources: tuple[tuple[Tensor, int, int], ...]
+
+    def holds(self) -> bool:
+        """Whether no source has changed or moved."""
+        return all(_state(t) == (address, version) for t, address, version in self.sources)
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
 
 
 class FusedGatedLinear(nn.Linear):
@@ -96,6 +116,7 @@ class FusedGatedLinear(nn.Linear):
     def _attach(self, config: GateConfig) -> None:
         device = self.weight.device
         self._ordered: _Ordered | None = None
+        self._compact: _Compact | None = None
         self.config = config
         self.row_gate = Gate(self.out_features, config, device=device) if config.rows else None
         self.column_gate = Gate(self.in_features, config, device=device) if config.columns else None
@@ -109,6 +130,14 @@ class FusedGatedLinear(nn.Linear):
         Raises:
             ValueError: x's last dimension, dtype or device doesn't fit the weight's.
         """
+        compact = self._compact
+        # Tracing and torch.func see the whole layer: sizes that change would compile it anew.
+        if (
+            compact is not None
+            and not (torch.compiler.is_compiling() or transformed())
+            and compact.holds()
+        ):
+            return self._compute_compact(x, compact)
         seed = None
         if self.training and self.config.distribution != "ranking":
             seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
@@ -131,6 +160,88 @@ class FusedGatedLinear(nn.Linear):
                 backend=self.config.backend,
             )
         return y if self.lora is None else y + self.lora(x, r, c)
+
+    @torch.no_grad()
+    def shrink_(
+        self,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        *,
+        inner_rows: bool = False,
+        inner_columns: bool = False,
+        sources: Sequence[Tensor] = (),
+    ) -> None:
+        """Compute with the given rows and columns of a ranking layer alone, forward and backward.
+
+        The result is that of the gates as long as these rows and columns are the open ones, but
+        closed gates get no gradient. Ends with `expand_`, or by itself once a source has changed
+        in a way that its version counter tells; the whole layer computes then.
+
+        Args:
+            rows, columns (`Tensor` int32, *optional*): sorted open features; None for all.
+            inner_rows, inner_columns: y holds the given rows side by side, x the given columns:
+                for features that only layers see that are shrunk together.
+            sources: the logits and frozen weights for which rows and columns hold.
+
+        Raises:
+            ValueError: the gates are not ranking gates.
+        """
+        if self.config.distribution != "ranking":
+            raise ValueError(f"distribution must be 'ranking', got {self.config.distribution!r}")
+        old, weight = self._compact, None
+        if not self.weight.requires_grad:
+            if (
+                old is not None
+                and old.weight is not None
+                and any(t is self.weight and _state(t) == (a, v) for t, a, v in old.sources)
+                and _same(old.rows, rows)
+                and _same(old.columns, columns)
+            ):
+                weight = old.weight
+            else:
+                weight = _part(self.weight.detach(), rows, columns)
+        stamped = tuple((source, *_state(source)) for source in sources)
+        self._compact = _Compact(weight, rows, columns, inner_rows, inner_columns, stamped)
+
+    def expand_(self) -> None:
+        """Compute with the whole weight again."""
+        self._compact = None
+
+    def _compute_compact(self, x: Tensor, compact: _Compact) -> Tensor:
+        weight = compact.weight
+        if weight is None:
+            weight = _part(self.weight, compact.rows, compact.columns)
+        bias: Tensor | None = self.bias
+        if bias is not None and compact.rows is not None:
+            bias = bias.index_select(0, compact.rows)
+        row = _side(self.row_gate, compact.rows, compact.inner_rows)
+        column = _side(self.column_gate, compact.columns, compact.inner_columns)
+        y = gated_matmul(
+            x,
+            weight,
+            bias,
+            row.logits,
+            column.logits,
+            None,
+            self.config.distribution,
+            self.config.constants,
+            row_layout=row.layout,
+            column_layout=column.layout,
+            rows=row.kept,
+            columns=column.kept,
+            out_features=None if row.kept is None else self.out_features,
+            backend=self.config.backend,
+        )
+        if self.lora is None:
+            return y
+        gates = (self.row_gate, self.column_gate)
+        r, c = (None if gate is None else gate.value() for gate in gates)
+        # Times its own value, a closed gate keeps its 0 and loses its gradient.
+        r, c = (None if z is None else z * z.detach() for z in (r, c))
+        rows = compact.rows if compact.inner_rows else None
+        columns = compact.columns if compact.inner_columns else None
+        update: Tensor = self.lora(x, r, c, rows, columns)
+        return y + update
 
     @torch.no_grad()
     def reorder_(self) -> None:
@@ -159,7 +270,7 @@ class FusedGatedLinear(nn.Linear):
         self._ordered = _Ordered(weight.contiguous(), rows, columns, self._weight_state())
 
     def _weight_state(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
+        return _state(self.weight)
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return weight, bias, rows and columns as the kernels take them: ordered if that holds."""
@@ -208,3 +319,30 @@ class FusedGatedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Return the Linear's sizes and the gates' distribution for `repr`."""
         return f"{super().extra_repr()}, distribution={self.config.distribution!r}"
+
+
+class _Side(NamedTuple):
+    """A side as `gated_matmul` takes it."""
+
+    logits: Tensor | None
+    layout: tuple[int, int] | None
+    kept: Tensor | None
+
+
+def _side(gate: Gate | None, kept: Tensor | None, inner: bool) -> _Side:
+    """Return a shrunk side; where the tensor holds the kept features alone, so do the logits."""
+    if gate is None:
+        return _Side(None, None, None if inner else kept)
+    if not inner or kept is None:
+        return _Side(gate.logits, gate.span_width, kept)
+    return _Side(gate.spread(gate.logits).index_select(0, kept), None, None)
+
+
+def _part(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Return the given rows and columns, the weight itself where that is everything."""
+    weight = weight if rows is None else weight.index_select(0, rows)
+    return weight if columns is None else weight.index_select(1, columns)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)

@@ -52,14 +52,25 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5.0))
         nn.init.zeros_(self.up)
 
-    def forward(self, x: Tensor, r: Tensor | None, c: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        r: Tensor | None,
+        c: Tensor | None,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
         """Map x [..., K] to what the update adds to y [..., N].
 
         Args:
             r (`Tensor` [N], *optional*), c (`Tensor` [K], *optional*): gate values; None is open.
+            rows, columns (`Tensor` int32, *optional*): the features that y and x hold, None for
+                all.
         """
         down = self.down if c is None else self.down * c
         up = self.scale * (self.up if r is None else self.up * r[:, None])
+        down = down if columns is None else down.index_select(1, columns)
+        up = up if rows is None else up.index_select(0, rows)
         return F.linear(F.linear(self.dropout(x), down.to(x.dtype)), up.to(x.dtype))
 
     def delta(self) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, _native
-from . import _cpu, _triton, _triton_gated, packing, reference
+from . import _cpu, _native_gated, _triton, _triton_gated, packing, reference
 
 _log = logging.getLogger("finegates")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -158,11 +158,15 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _torch(reference.gated_linear_backward),
     ),
     "gated_matmul": (
+        Implementation("native", _native_gated.why_not, _native_gated.gated_matmul, _native.reason),
         _triton_entry(_triton_gated.fused_why_not, _triton_gated.gated_matmul_fused, "fused"),
         _triton_entry(_triton_gated.fold_why_not, _triton_gated.gated_matmul_fold, "folded"),
         _torch(reference.gated_matmul),
     ),
     "gated_matmul_backward": (
+        Implementation(
+            "native", _native_gated.why_not, _native_gated.gated_matmul_backward, _native.reason
+        ),
         _triton_entry(
             _triton_gated.fused_why_not, _triton_gated.gated_matmul_backward_fused, "fused"
         ),

@@ -9,6 +9,7 @@ from ..penalty import fraction_penalty, fraction_penalty_of_masses
 from .budget import GateMap, Removal
 from .couplings import Side
 from .masses import layer_masses, own_means
+from .shrink import expand_, shrink_
 
 # Above zero, so that the gate is open, and far below any squared gradient.
 _NOTHING_SEEN = 1e-30
@@ -46,6 +47,7 @@ class GateController:
         >>> controller = GateController(model, total_steps=4)
         >>> controller.start()
         >>> for step in range(4):
+        ...     controller.begin_step(step)
         ...     model(torch.randn(8, 4)).square().mean().backward()
         ...     controller.before_step(step)
         ...     optimizer.step()
@@ -81,6 +83,18 @@ class GateController:
             for logits in self.logits:
                 logits.fill_(_NOTHING_SEEN)
 
+    def begin_step(self, step: int) -> None:
+        """Choose what optimizer step ``step`` (from 0) computes with, before its first forward.
+
+        With ``shrink_every`` the layers are shrunk to what is left, except that every
+        ``shrink_every``-th step is dense where closed gates are to get a gradient.
+        """
+        every = self.config.shrink_every
+        if every and (step % every or not self.config.closed_gradient):
+            shrink_(self.map)
+        else:
+            expand_(self.map)
+
     def before_step(self, step: int) -> None:
         """Work on the gates' gradients of optimizer step ``step`` (from 0), before it is taken."""
         if not self._ranking:
@@ -113,6 +127,7 @@ class GateController:
 
         With the per-axis objective nothing is shifted: that method removes what it removes.
         """
+        expand_(self.map)
         if self.config.objective == "fraction":
             return self.map.project_(self.config.sparsity)
         return self.map.removal()
