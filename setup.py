@@ -29,6 +29,7 @@ PACKAGES = [
     "finegates.recipes",
     "finegates.report",
     "finegates.serving",
+    "finegates.export",
     "finegates.kernels",
 ]
 BASE_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"

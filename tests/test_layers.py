@@ -17,6 +17,7 @@ LAYERS = (
     ("cli", "recipes"),
     ("__main__",),
     ("hf", "report"),
+    ("export",),
     ("serving",),
     ("surgery",),
     ("nn", "penalty"),
