@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 
 USAGE = """usage: finegates COMMAND [OPTIONS]
 
-  finetune   fine-tune an encoder with gates, remove what closes, save, reload, time
-  posttrain  the same for a pretrained Llama, on plain text
-  pretrain   train a Llama from nothing and remove part of it on the way
-  compare    run methods side by side over tasks, seeds and rates; tabulate them
-  info       what runs here and why (also: python -m finegates)
+  finetune     fine-tune an encoder with gates, remove what closes, save, reload, time
+  posttrain    the same for a pretrained Llama, on plain text
+  pretrain     train a Llama from nothing and remove part of it on the way
+  compare      run methods side by side over tasks, seeds and rates; tabulate them
+  profile      where a pruned model's time goes, layer by layer, and why it isn't faster
+  bench-model  a pruned model against every runtime of the dense one
+  export       a pruned model as ONNX, OpenVINO or in its dense shapes
+  info         what runs here and why (also: python -m finegates)
 
 finegates COMMAND --help lists a command's options."""
 
@@ -40,6 +43,24 @@ def _compare(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _profile(arguments: Sequence[str]) -> None:
+    from .recipes.profile_model import main
+
+    main(arguments)
+
+
+def _bench_model(arguments: Sequence[str]) -> None:
+    from .recipes.bench_model import main
+
+    main(arguments)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from .recipes.export_model import main
+
+    main(arguments)
+
+
 def _info(arguments: Sequence[str]) -> None:
     from .__main__ import main
 
@@ -56,6 +77,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "posttrain": _posttrain,
     "pretrain": _pretrain,
     "compare": _compare,
+    "profile": _profile,
+    "bench-model": _bench_model,
+    "export": _export,
     "info": _info,
 }
 

@@ -47,7 +47,7 @@ def dense_model(model: Any) -> Any:
         return linear
 
     plain = replaced(model, dense)
-    plain.config = _plain_config(model)
+    plain.config = plain_config(model)
     return plain
 
 
@@ -80,11 +80,11 @@ def replaced(model: Any, replacement: Callable[[str, PrunedLinear], nn.Module]) 
 def _skeleton(model: Any) -> nn.Module:
     """Build the model's class from its config without memory, for the shapes."""
     with torch.device("meta"):
-        built: nn.Module = type(model)(_plain_config(model))
+        built: nn.Module = type(model)(plain_config(model))
     return built
 
 
-def _plain_config(model: Any) -> Any:
+def plain_config(model: Any) -> Any:
     """Return a copy of the config without the record of what was removed."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
     if not hasattr(config, "to_dict"):

@@ -120,7 +120,7 @@ def _write_onnx(model: Any, path: str | os.PathLike[str], runtime: str) -> None:
     with torch.no_grad():
         outputs = [name for name, value in plain(**example).items() if isinstance(value, Tensor)]
     size = sum(p.numel() * p.element_size() for p in plain.parameters())
-    with _quiet_exporter():
+    with quiet("torch.onnx"):  # about packages that it misses, and its own deprecations
         torch.onnx.export(
             plain,
             (),
@@ -143,9 +143,9 @@ def input_names(model: Any) -> list[str]:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep back what torch.onnx says about packages that it misses and of its own deprecations."""
-    log = logging.getLogger("torch.onnx")
+def quiet(logger: str) -> Iterator[None]:
+    """Keep back warnings, and what a logger says below errors."""
+    log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -58,7 +58,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
     from transformers import AutoTokenizer
 
     path, file = _source(name)
-    with _naming(name), _quiet_transformers():
+    with _naming(name), quiet_transformers():
         return AutoTokenizer.from_pretrained(path, **file)
 
 
@@ -81,7 +81,7 @@ def load_causal_lm(name: str = DEFAULT_CAUSAL_LM, dtype: str = "float32") -> Any
     if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"dtype must be 'auto' or a torch float type, got {dtype!r}")
     path, file = _source(name)
-    with _naming(name), _quiet_transformers():
+    with _naming(name), quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **file)
     if not file:
         return model
@@ -132,7 +132,7 @@ def load_classifier(
 
     labels = task.label_names or ("score",)
     path = model_path(name)
-    with _naming(name), _quiet_transformers():
+    with _naming(name), quiet_transformers():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=len(labels),
@@ -154,6 +154,31 @@ def load_classifier(
     return model, tuple(new)
 
 
+def load_model(name: str = DEFAULT_MODEL, dtype: torch.dtype | None = None) -> Any:
+    """Return a model of the class that its config names, in evaluation mode; gated or pruned too.
+
+    Args:
+        name: see `model_path`.
+        dtype: of the weights; None takes the config's.
+
+    Raises:
+        OSError: the model can't be found or fetched; names it.
+        ValueError: its config names no class of transformers.
+    """
+    import transformers
+
+    from .. import hf  # noqa: F401 - lets from_pretrained load gated and pruned models
+
+    path = model_path(name)
+    with _naming(name), quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(path)
+        kinds = getattr(config, "architectures", None) or ["unnamed"]
+        kind = getattr(transformers, kinds[0], None)
+        if kind is None:
+            raise ValueError(f"model {name!r}: transformers has no class {kinds[0]!r}")
+        return kind.from_pretrained(path, dtype=dtype or "auto").eval()
+
+
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
     """Put the model's name before what transformers and the hub say, which is long and varies."""
@@ -165,8 +190,8 @@ def _naming(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the loading bar and the load report, which would name the new head."""
+def quiet_transformers() -> Iterator[None]:
+    """Hide the loading and saving bars and the load report, which would name the new head."""
     from transformers import utils
 
     hf_logging: Any = utils.logging  # untyped

@@ -140,6 +140,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 300,
     sample: float = 0.0,
+    settle: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time the calls in turn, round by round, so that all see the same machine.
@@ -152,6 +153,7 @@ def interleave(
         warmup: untimed runs of each call before.
         min_rounds, max_rounds: bounds that go before the budget.
         sample: seconds that one sample should last at least; short calls are repeated to fill it.
+        settle: seconds to sleep before each sample, so that other runtimes' threads stop spinning.
         clock: seconds; `time.thread_time` sees less of other processes than the wall clock.
 
     Returns:
@@ -168,6 +170,8 @@ def interleave(
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
                 call, count = calls[name], repeats[name]
+                if settle:
+                    time.sleep(settle)
                 begin = clock()
                 for _ in range(count):
                     call()

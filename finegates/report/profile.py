@@ -1,0 +1,306 @@
+"""Where a pruned model's time goes, layer by layer, against its dense-shaped twin."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..export import dense_model
+from ..nn import PrunedLinear
+from ..ops import _cpu
+from ..serving import PackedLinear
+from .ceilings import peak_flops, read_bandwidth
+from .module_clock import LINEARS, ModuleClock
+from .timing import interleave, machine
+from .why import EXPLAINED, FLOORS, losses, why_not_faster
+from .work import Work, serve
+
+# Kept counts that leave no remainder in any kernel: its widest panel, and a cache line of bf16.
+_PANEL = 64
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One Linear, or one fused block with all of its Linears.
+
+    Args:
+        name: of the module.
+        m: rows of the input.
+        shapes: N, K and what is kept of both, per Linear.
+        seconds, dense_seconds: in the pruned model and in the dense twin, both in place.
+        floors: seconds by name, see `finegates.report.why`.
+        aligned: time with aligned counts over this one, where that was measured.
+        linears: seconds of a block's Linears alone.
+        reason: why it isn't faster.
+    """
+
+    name: str
+    m: int
+    shapes: Sequence[tuple[int, int, int, int]]
+    seconds: float
+    dense_seconds: float
+    floors: Mapping[str, float]
+    aligned: float | None
+    linears: float | None
+    reason: str
+
+    @property
+    def kept(self) -> float:
+        """Share of the weights that is left; its inverse is the ideal speed-up."""
+        left = sum(n * k for _, _, n, k in self.shapes)
+        return left / sum(rows * columns for rows, columns, _, _ in self.shapes)
+
+    @property
+    def achieved(self) -> float:
+        """The dense time over this one."""
+        return self.dense_seconds / self.seconds if self.seconds else math.nan
+
+    def share(self, floor: str) -> float:
+        """Return the part of the time that a floor explains, the share of that ceiling."""
+        return self.floors[floor] / self.seconds if self.seconds else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        shares = {f"share_of_{floor}": self.share(floor) for floor in FLOORS}
+        return {**asdict(self), "kept": self.kept, "achieved": self.achieved, **shares}
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """The whole model.
+
+    Args:
+        model, work, dtype, threads: what was measured.
+        seconds, dense_seconds: of a call, without any hook.
+        parts, dense_parts: seconds by part; ``rest`` is what no timed module took: activations,
+            residual sums, Python.
+        layers: every Linear, or fused block.
+        ceilings: ``flops``, ``bytes`` a second and ``call`` seconds that the floors come from.
+    """
+
+    model: str
+    work: Work
+    dtype: str
+    threads: int
+    seconds: float
+    dense_seconds: float
+    parts: Mapping[str, float]
+    dense_parts: Mapping[str, float]
+    layers: Sequence[LayerProfile]
+    ceilings: Mapping[str, float]
+    machine: Mapping[str, Any] = field(default_factory=machine)
+
+    def losses(self) -> dict[str, float]:
+        """Return the seconds lost by reason, largest first.
+
+        A Linear loses what it takes beyond its kept share of the dense time; every other part its
+        whole time.
+        """
+        by_reason: dict[str, float] = {}
+        for layer in self.layers:
+            lost = layer.seconds - layer.kept * layer.dense_seconds
+            if lost > 0:
+                by_reason[layer.reason] = by_reason.get(layer.reason, 0.0) + lost
+        return losses(self.parts, by_reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            **asdict(self),
+            "machine": dict(self.machine),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "losses": self.losses(),
+        }
+
+
+@torch.inference_mode()
+def profile_model(
+    model: Any, work: Work, *, name: str = "", threads: int = 1, seconds: float = 5.0
+) -> ModelProfile:
+    """Profile a pruned model, optimised or not, against its dense twin, both run in turn.
+
+    One thread is timed by its own clock, which other processes don't stretch; several by the wall's.
+
+    Args:
+        model: a `PreTrainedModel`; it is not changed.
+        work: what it does in a call.
+        name: of the model, in words.
+        threads: torch's number of threads.
+        seconds: time budget of each of the two measurements, without hooks and with them.
+
+    Raises:
+        ValueError: a gated model, or there are no native kernels, so no ceilings.
+    """
+    dense = dense_model(model)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        calls = {"dense": serve(dense, work), "model": serve(model, work)}
+        clock = time.thread_time if threads == 1 else time.perf_counter
+        whole = _median(calls, clock, seconds)
+        ours = ModuleClock(model, clock=clock)
+        blocks = [n for n, part in ours.parts.items() if part == "block"]
+        theirs = ModuleClock(dense, blocks, clock)
+        hooked = {
+            "dense": lambda: theirs.run(calls["dense"]),
+            "model": lambda: ours.run(calls["model"]),
+        }
+        interleave(hooked, seconds, max_rounds=60, clock=clock)
+        ceilings = _ceilings(model, threads, clock)
+        layers = _layers(model, dense, ours, theirs, ceilings, clock)
+    finally:
+        torch.set_num_threads(before)
+    return ModelProfile(
+        name or type(model).__name__,
+        work,
+        str(model.dtype).removeprefix("torch."),
+        threads,
+        whole["model"],
+        whole["dense"],
+        _parts(ours, whole["model"], layers),
+        _parts(theirs, whole["dense"], ()),
+        layers,
+        ceilings,
+    )
+
+
+def _parts(clock: ModuleClock, whole: float, layers: Sequence[LayerProfile]) -> dict[str, float]:
+    """Sum up the modules by part; a fused block's time beyond its Linears is its attention's."""
+    parts: dict[str, float] = {}
+    inside = {layer.name: layer.linears or 0.0 for layer in layers}
+    for name, seconds in clock.exclusive().items():
+        part = clock.parts[name]
+        if part == "block":
+            linear = min(seconds, inside[name])
+            parts["linear"] = parts.get("linear", 0.0) + linear
+            part, seconds = "attention", seconds - linear
+        if part != "rest":
+            parts[part] = parts.get(part, 0.0) + seconds
+    parts["rest"] = max(0.0, whole - sum(parts.values()))
+    return parts
+
+
+def _ceilings(model: nn.Module, threads: int, clock: Clock) -> dict[str, float]:
+    """Measure what the floors come from; weights that fit a cache are read from it."""
+    kinds = [m for m in model.modules() if isinstance(m, LINEARS)]
+    size = sum(_weight_bytes(layer) for layer in kinds)
+    megabytes = max(1, min(256, size // threads // 2**20))
+    dtype = next(model.parameters()).dtype
+    return {
+        "flops": peak_flops(dtype, threads),
+        "bytes": read_bandwidth(megabytes, threads),
+        "call": _call_seconds(kinds[0] if kinds else nn.Linear(1, 1), dtype, clock),
+    }
+
+
+def _call_seconds(like: nn.Module, dtype: torch.dtype, clock: Clock) -> float:
+    """Return what the smallest layer of a class takes a call."""
+    tiny: nn.Module = nn.Linear(16, 16, dtype=dtype)
+    if not isinstance(like, nn.Linear):
+        tiny = PrunedLinear(16, 16, 15, 15, dtype=dtype)
+    if isinstance(like, PackedLinear):
+        tiny = PackedLinear(tiny)  # type: ignore[arg-type]
+    x = torch.ones(1, 16, dtype=dtype)
+    return _median({"": lambda: tiny(x)}, clock)[""]
+
+
+def _layers(
+    model: nn.Module,
+    dense: nn.Module,
+    ours: ModuleClock,
+    theirs: ModuleClock,
+    ceilings: Mapping[str, float],
+    clock: Clock,
+) -> list[LayerProfile]:
+    seconds, dense_seconds = ours.inclusive(), theirs.inclusive()
+    layers = []
+    for name, part in ours.parts.items():
+        if part not in ("linear", "block") or name not in seconds:
+            continue
+        module = model.get_submodule(name)
+        inner = [n for n, m in module.named_modules(prefix=name) if isinstance(m, LINEARS)]
+        m = ours.rows.get(name) or max((theirs.rows.get(n, 1) for n in inner), default=1)
+        shapes = [_shape(model.get_submodule(n), dense.get_submodule(n)) for n in inner]
+        size = sum(_weight_bytes(model.get_submodule(n)) for n in inner)
+        kept = sum(n * k for _, _, n, k in shapes)
+        floors = {
+            "overhead": ceilings["call"],
+            "bandwidth": size / ceilings["bytes"],
+            "compute": 2 * m * kept / ceilings["flops"],
+        }
+        alone = aligned = None
+        if part == "block":
+            alone = sum(_alone(model.get_submodule(n), m, clock) for n in inner)
+        elif max(floors.values()) < EXPLAINED * seconds[name]:
+            aligned = _aligned(module, m, clock)
+        reason = why_not_faster(seconds[name], floors, aligned, alone)
+        layers.append(
+            LayerProfile(
+                name, m, shapes, seconds[name], dense_seconds[name], floors, aligned, alone, reason
+            )
+        )
+    return layers
+
+
+def _shape(layer: Any, dense: Any) -> tuple[int, int, int, int]:
+    rows, columns = dense.weight.shape
+    if isinstance(layer, PackedLinear):
+        layout = _cpu.describe(layer.packed)
+        return rows, columns, layout.n_rows, layout.n_columns
+    n, k = layer.weight.shape
+    return rows, columns, n, k
+
+
+def _weight_bytes(layer: Any) -> int:
+    if isinstance(layer, PackedLinear):
+        layout = _cpu.describe(layer.packed)
+        return int(layout.n_rows * layout.n_columns * layout.dtype.itemsize)
+    return int(layer.weight.numel() * layer.weight.element_size())
+
+
+def _alone(layer: Any, m: int, clock: Clock) -> float:
+    """Return what a layer takes by itself, on random rows."""
+    x = torch.randn(m, layer.in_features, dtype=layer.dtype)
+    return _median({"": lambda: layer(x)}, clock)[""]
+
+
+def _aligned(layer: Any, m: int, clock: Clock) -> float | None:
+    """Return the layer's time with kept counts of whole panels over its own, None where they are.
+
+    Both run by themselves, in turn.
+    """
+    if not isinstance(layer, (PrunedLinear, PackedLinear)):
+        return None
+    plain = layer if isinstance(layer, PrunedLinear) else layer.unpack()
+    if not isinstance(plain, PrunedLinear):
+        return None
+    n, k = plain.weight.shape
+    wide = _round_up(n, plain.out_features), _round_up(k, plain.in_features)
+    if wide == (n, k):
+        return None
+    dtype = plain.weight.dtype
+    other = PrunedLinear(
+        plain.in_features, plain.out_features, *wide, plain.bias is not None, dtype=dtype
+    ).requires_grad_(False)
+    x = torch.randn(m, plain.in_features, dtype=dtype)
+    times = _median({"ours": lambda: layer(x), "aligned": lambda: other(x)}, clock)
+    return times["aligned"] / times["ours"]
+
+
+def _round_up(count: int, full: int) -> int:
+    return min(full, -(-count // _PANEL) * _PANEL)
+
+
+def _median(
+    calls: Mapping[str, Callable[[], Any]], clock: Clock, seconds: float = 0.05
+) -> dict[str, float]:
+    times = interleave(calls, seconds, sample=1e-4, max_rounds=60, clock=clock)
+    return {name: statistics.median(series) for name, series in times.items()}
