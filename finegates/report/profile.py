@@ -19,7 +19,7 @@ from ..serving import PackedLinear
 from .ceilings import peak_flops, read_bandwidth
 from .module_clock import LINEARS, ModuleClock
 from .timing import interleave, machine
-from .why import EXPLAINED, FLOORS, losses, why_not_faster
+from .why import EXPLAINED, FLOORS, REASONS, losses, why_not_faster
 from .work import Work, serve
 
 # Kept counts that leave no remainder in any kernel: its widest panel, and a cache line of bf16.
@@ -80,8 +80,8 @@ class ModelProfile:
     Args:
         model, work, dtype, threads: what was measured.
         seconds, dense_seconds: of a call, without any hook.
-        parts, dense_parts: seconds by part; ``rest`` is what no timed module took: activations,
-            residual sums, Python.
+        parts, dense_parts: seconds by part, with the hooks' cost taken off; ``rest`` is what no
+            timed module took: activations, residual sums, Python.
         layers: every Linear, or fused block.
         ceilings: ``flops``, ``bytes`` a second and ``call`` seconds that the floors come from.
     """
@@ -127,7 +127,7 @@ def profile_model(
 ) -> ModelProfile:
     """Profile a pruned model, optimised or not, against its dense twin, both run in turn.
 
-    One thread is timed by its own clock, which other processes don't stretch; several by the wall's.
+    One thread is timed by its own clock, which other processes stretch less than the wall's.
 
     Args:
         model: a `PreTrainedModel`; it is not changed.
@@ -146,9 +146,9 @@ def profile_model(
         calls = {"dense": serve(dense, work), "model": serve(model, work)}
         clock = time.thread_time if threads == 1 else time.perf_counter
         whole = _median(calls, clock, seconds)
-        ours = ModuleClock(model, clock=clock)
+        ours = ModuleClock(model, [""], clock)
         blocks = [n for n, part in ours.parts.items() if part == "block"]
-        theirs = ModuleClock(dense, blocks, clock)
+        theirs = ModuleClock(dense, ["", *blocks], clock)
         hooked = {
             "dense": lambda: theirs.run(calls["dense"]),
             "model": lambda: ours.run(calls["model"]),
@@ -165,26 +165,24 @@ def profile_model(
         threads,
         whole["model"],
         whole["dense"],
-        _parts(ours, whole["model"], layers),
-        _parts(theirs, whole["dense"], ()),
+        _parts(ours, layers),
+        _parts(theirs, ()),
         layers,
         ceilings,
     )
 
 
-def _parts(clock: ModuleClock, whole: float, layers: Sequence[LayerProfile]) -> dict[str, float]:
+def _parts(clock: ModuleClock, layers: Sequence[LayerProfile]) -> dict[str, float]:
     """Sum up the modules by part; a fused block's time beyond its Linears is its attention's."""
-    parts: dict[str, float] = {}
-    inside = {layer.name: layer.linears or 0.0 for layer in layers}
+    parts = {"linear": 0.0, **dict.fromkeys(REASONS, 0.0)}
+    alone = {layer.name: layer.linears or 0.0 for layer in layers}
     for name, seconds in clock.exclusive().items():
         part = clock.parts[name]
         if part == "block":
-            linear = min(seconds, inside[name])
-            parts["linear"] = parts.get("linear", 0.0) + linear
+            linear = min(seconds, alone[name])
+            parts["linear"] += linear
             part, seconds = "attention", seconds - linear
-        if part != "rest":
-            parts[part] = parts.get(part, 0.0) + seconds
-    parts["rest"] = max(0.0, whole - sum(parts.values()))
+        parts[part] += seconds
     return parts
 
 

@@ -83,10 +83,10 @@ def _compile_why_not(model: Any, dtype: str, work: Work) -> str | None:
 def _open_compiled(model: Any, dtype: str, folder: Path) -> Prepare:
     def prepare(work: Work, threads: int) -> Call:
         torch.compiler.reset()
-        compiled: Any = torch.compile(model, options={"freezing": True})
         ids = work.ids(model.config.vocab_size)[:, : work.length]
         values = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with quiet("torch"):  # about its own deprecations
+            compiled: Any = torch.compile(model, options={"freezing": True})
             compiled(**values)
         return lambda: compiled(**values)[0]
 

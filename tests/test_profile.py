@@ -1,0 +1,178 @@
+"""`finegates profile`: rules over numbers, a clock that adds up, and the tables."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from finegates import _native, cli, gate_, optimize_for_cpu, prune_
+from finegates.report.module_clock import ModuleClock, hook_cost, part_of
+from finegates.report.profile import LayerProfile, ModelProfile, profile_model
+from finegates.report.profile_table import layer_lines, loss_text, part_lines, plot_profile
+from finegates.report.why import ALIGNED, EXPLAINED, losses, why_not_faster
+from finegates.report.work import Work
+from tiny_models import build, scatter_gates_
+
+needs_native = pytest.mark.skipif(
+    _native.isa() in ("none", "generic"), reason="no native level with a measured peak"
+)
+
+
+def pruned(model_type: str, **changes: Any) -> PreTrainedModel:
+    model = gate_(build(model_type, **changes))
+    scatter_gates_(model, 0.7)
+    return prune_(model).eval()
+
+
+@pytest.mark.parametrize("floor", ["overhead", "bandwidth", "compute"])
+def test_the_largest_floor_that_explains_the_time_is_the_reason(floor: str) -> None:
+    floors = {"overhead": 0.1, "bandwidth": 0.1, "compute": 0.1, floor: EXPLAINED}
+    assert why_not_faster(1.0, floors, aligned=0.1, linears=0.1) == f"{floor}-bound"
+
+
+def test_reasons_of_what_no_floor_explains() -> None:
+    floors = {"overhead": 0.1, "bandwidth": 0.3, "compute": 0.2}
+    assert why_not_faster(1.0, floors, aligned=ALIGNED) == "misaligned"
+    assert why_not_faster(1.0, floors, aligned=ALIGNED + 0.01) == "bandwidth-bound"
+    assert why_not_faster(1.0, floors, linears=EXPLAINED - 0.01) == "attention"
+    assert why_not_faster(1.0, floors, linears=EXPLAINED) == "bandwidth-bound"
+
+
+def test_losses_are_sorted_and_named() -> None:
+    parts = {"linear": 9.0, "attention": 2.0, "norm": 1.0, "embedding": 0.5, "rest": 3.0}
+    assert list(losses(parts, {"misaligned": 2.5, "attention": 0.2}).items()) == [
+        ("python/rest", 3.0), ("misaligned", 2.5), ("attention", 2.2), ("norm", 1.0),
+        ("embedding", 0.5),
+    ]  # fmt: skip
+
+
+class Sleeper(nn.Module):
+    """Takes a given time besides its children; the name is looked for by `part_of`."""
+
+    def __init__(self, seconds: float, *children: nn.Module) -> None:
+        super().__init__()
+        self.seconds, self.inner = seconds, nn.ModuleList(children)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            pass
+        for module in self.inner:
+            x = module(x)
+        return x
+
+
+class SleeperAttention(Sleeper):
+    pass
+
+
+class SleeperNorm(Sleeper):
+    pass
+
+
+def test_clock_tells_own_time_from_that_of_children() -> None:
+    norms = [SleeperNorm(0.002), SleeperNorm(0.001)]
+    model = Sleeper(0.004, SleeperAttention(0.003, *norms), nn.Linear(4, 4))
+    clock = ModuleClock(model, [""])
+    x = torch.ones(2, 3, 4)
+    for _ in range(5):
+        assert clock.run(lambda: model(x)).shape == x.shape
+    own, whole = clock.exclusive(), clock.inclusive()
+    assert clock.parts == {
+        "": "rest", "inner.0": "attention", "inner.0.inner.0": "norm", "inner.0.inner.1": "norm",
+        "inner.1": "linear",
+    }  # fmt: skip
+    assert own[""] == pytest.approx(0.004, rel=0.25)
+    assert own["inner.0"] == pytest.approx(0.003, rel=0.25)
+    assert own["inner.0.inner.0"] == pytest.approx(0.002, rel=0.25)
+    assert whole["inner.0"] == pytest.approx(0.006, rel=0.25)
+    assert sum(own.values()) == pytest.approx(whole[""], rel=0.05)
+    assert clock.rows == {"inner.1": 6}
+    assert not model._forward_hooks
+    inner, outer = hook_cost(time.perf_counter)
+    assert 0 <= outer < 1e-4
+    assert 0 < inner < 1e-4
+
+
+def test_parts_of_transformers() -> None:
+    found = {type(m).__name__: part_of(m) for m in build("llama").modules()}
+    assert found["LlamaRMSNorm"] == "norm"
+    assert found["LlamaAttention"] == found["LlamaRotaryEmbedding"] == "attention"
+    assert found["Linear"] == "linear"
+    assert found["Embedding"] == "embedding"
+    assert found["LlamaMLP"] is None
+
+
+@needs_native
+@pytest.mark.parametrize("optimised", [False, True], ids=["pruned", "optimised"])
+@pytest.mark.parametrize(("model_type", "kind"), [("bert", "prefill"), ("llama", "decode")])
+def test_profile(model_type: str, kind: str, optimised: bool, tmp_path: Path) -> None:
+    model = pruned(model_type)
+    if optimised:
+        optimize_for_cpu(model)
+    profile = profile_model(model, Work(kind, 2, 9), name="tiny", seconds=0.05)
+    assert profile.layers
+    for layer in profile.layers:
+        assert layer.seconds > 0
+        assert layer.dense_seconds > 0
+        assert 0 < layer.kept <= 1
+        assert layer.reason in (
+            "overhead-bound", "bandwidth-bound", "compute-bound", "misaligned", "attention"
+        )  # fmt: skip
+    covered = sum(len(layer.shapes) for layer in profile.layers)
+    assert covered == sum(isinstance(m, nn.Linear) for m in build(model_type).modules())
+    assert profile.parts["linear"] > 0
+    assert sum(profile.parts.values()) == pytest.approx(profile.seconds, rel=0.6)
+    text = json.dumps(profile.to_dict())
+    assert json.loads(text)["losses"] == profile.losses()
+    plot_profile(tmp_path / "profile.png", profile)
+    assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def example() -> ModelProfile:
+    floors = {"overhead": 1e-6, "bandwidth": 2e-5, "compute": 8e-5}
+    one = LayerProfile("a.query", 8, [(10, 20, 5, 20)], 1e-4, 3e-4, floors, None, None, "x")
+    two = LayerProfile("b", 8, [(4, 4, 2, 4), (4, 4, 4, 4)], 2e-4, 2e-4, floors, 0.9, 1e-4, "y")
+    parts = {"linear": 2e-4, "attention": 1e-4, "norm": 0.0, "embedding": 0.0, "rest": 1e-4}
+    dense = {**parts, "linear": 4e-4}
+    return ModelProfile(
+        "tiny", Work("prefill", 1, 8), "float32", 1, 4e-4, 6e-4, parts, dense, [one, two], {}, {}
+    )
+
+
+def test_tables() -> None:
+    _, one, two = layer_lines(example())
+    assert one == ["a.query", "8", "5/10", "20/20", "50 %", "2.00", "3.00", "100.0", "80 %",
+                   "20 %", "x"]  # fmt: skip
+    assert two[2:7] == ["2 Linears", "", "75 %", "1.33", "1.00"]
+    assert part_lines(example())[1:] == [
+        ["linear", "0.4", "0.2", "50 %", "2.00"],
+        ["attention", "0.1", "0.1", "25 %", "1.00"],
+        ["rest", "0.1", "0.1", "25 %", "1.00"],
+        ["whole model", "0.6", "0.4", "100 %", "1.50"],
+    ]
+    assert loss_text(example()) == (
+        "largest losses: attention 0.1 ms (25 %), python/rest 0.1 ms (25 %), y 0.05 ms (12 %)"
+    )
+
+
+@needs_native
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned("bert").save_pretrained(tmp_path / "pruned")
+    words = ["profile", str(tmp_path / "pruned"), "--sequence", "9", "--seconds", "0.05"]
+    words += ["--optimize", "--json", str(tmp_path / "p.json"), "--png", str(tmp_path / "p.png")]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "why not faster" in out
+    assert "largest losses" in out
+    assert (tmp_path / "p.json").exists()
+    assert (tmp_path / "p.png").exists()
+    assert cli.main(["profile", str(tmp_path), "--threads", "0"]) == 2
+    assert "threads must be at least 1, got 0" in capsys.readouterr().err
