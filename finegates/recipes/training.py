@@ -33,7 +33,7 @@ SECONDS, GATES = "step_seconds", "gates"
 class StageTrainer(Trainer):
     """transformers' Trainer that stops at a loss or weight that is no number.
 
-    Every log entry of training carries the median seconds of a step since the last one. A
+    Every log entry of training carries the mean seconds of a step since the last one. A
     checkpoint that can't be written whole is taken away again.
     """
 
@@ -85,7 +85,7 @@ class GatedStageTrainer(StageTrainer, GatedTrainer):
 
 
 class StepTimes(TrainerCallback):
-    """Adds the median seconds of a training step, evaluations left out, to the log's history."""
+    """Adds the mean seconds of a training step, evaluations left out, to the log's history."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
@@ -108,7 +108,7 @@ class StepTimes(TrainerCallback):
     ) -> None:
         """Add to the newest entry, which the Trainer has put there just before."""
         if self._seconds and "loss" in state.log_history[-1]:
-            state.log_history[-1][SECONDS] = statistics.median(self._seconds)
+            state.log_history[-1][SECONDS] = statistics.fmean(self._seconds)
             self._seconds.clear()
 
 
@@ -129,7 +129,7 @@ class GateHistograms(TrainerCallback):
 
 
 def step_seconds(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the median seconds of a step over the last fifth of a run's log."""
+    """Return a step's mean seconds, the median over the last fifth of a run's log entries."""
     seconds = [entry[SECONDS] for entry in history if SECONDS in entry]
     return statistics.median(seconds[-max(1, len(seconds) // 5) :]) if seconds else None
 
