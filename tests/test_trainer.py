@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModel, Trainer, TrainerCallback, TrainingArguments
 
 import finegates.hf
 from finegates import Gate, GateConfig, GateMap, gate_
@@ -157,24 +157,24 @@ def test_ungated_model_is_refused(tmp_path: Path) -> None:
         GatedTrainer(model=build("bert"), args=arguments(tmp_path), train_dataset=Tokens()).train()
 
 
-def test_gate_count_of_roberta_base() -> None:
-    """165,888 independent gates on RoBERTa-base's six Linears a block."""
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("roberta", {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
+                     "intermediate_size": 3072}, 165_888),
+        ("roberta", {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
+                     "intermediate_size": 4096}, 442_368),
+        ("llama", {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32,
+                   "num_key_value_heads": 8, "intermediate_size": 8192}, 704_512),
+    ],
+    ids=["roberta-base", "roberta-large", "llama-3.2-1b"],
+)  # fmt: skip
+def test_gate_counts_of_the_paper(model_type: str, fields: dict[str, int], expected: int) -> None:
+    """One gate per row and per column of every Linear of every block, the head left out."""
     with torch.device("meta"):
-        model = build_meta("roberta", 12, hidden_size=768, heads=12, inner=3072)
-    config = GateConfig(tie="none")
-    gate_(model, config)
-    assert sum(m.logits.numel() for m in model.modules() if isinstance(m, Gate)) == 165_888
-
-
-def build_meta(model_type: str, layers: int, hidden_size: int, heads: int, inner: int) -> Any:
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    return AutoModelForMaskedLM.from_config(
-        AutoConfig.for_model(
-            model_type, num_hidden_layers=layers, hidden_size=hidden_size,
-            num_attention_heads=heads, intermediate_size=inner,
-        )
-    )  # fmt: skip
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **fields))
+    gate_(model, GateConfig(tie="none"))
+    assert sum(m.logits.numel() for m in model.modules() if isinstance(m, Gate)) == expected
 
 
 def test_trainer_is_imported_when_it_is_asked_for() -> None:
