@@ -74,7 +74,7 @@ def test_every_process_has_the_gates_of_one(runs: Path, name: str) -> None:
 
 def test_losses_are_those_of_one_process(runs: Path) -> None:
     logs = [
-        json.loads((runs / f"run-{world}" / "report.json").read_text())["history"]["gated"]
+        json.loads((runs / f"run-{world}" / "gated" / "history.json").read_text())["log_history"]
         for world in (1, 2)
     ]
     for key in ("loss", "eval_loss"):

@@ -25,7 +25,7 @@ from finegates import GateConfig, PrunedLinear, gate_
 from finegates.cli import main
 from finegates.recipes import job as recipe
 from finegates.recipes import training
-from finegates.recipes.arguments import PosttrainArguments
+from finegates.recipes.arguments import PosttrainArguments, PretrainArguments
 from finegates.recipes.sparse_pretrain_llama import CONFIGS, load_config
 from finegates.surgery import GateMap
 from shared_data import shared
@@ -65,6 +65,12 @@ def report_of(output: Path) -> dict[str, Any]:
     return written
 
 
+def history_of(output: Path, stage: str = "gated") -> list[dict[str, Any]]:
+    state: dict[str, Any] = json.loads((output / stage / "history.json").read_text())
+    log: list[dict[str, Any]] = state["log_history"]
+    return log
+
+
 def rows_of(output: Path) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in report_of(output)["rows"]}
 
@@ -94,7 +100,7 @@ def test_posttrain_ends_with_a_pruned_model_that_loads(
     assert written["job"]["couplings"] == 6
     assert set(written["samples"]) == {"dense", "reloaded"}
     assert f"reloaded: {written['samples']['reloaded']}" in " ".join(printed.split())
-    log = written["history"]["gated"]
+    log = history_of(output)
     removed = [entry["removed"] for entry in log if "loss" in entry]
     assert removed[0] == 0.0
     assert removed[-1] == pytest.approx(0.3, abs=0.02)
@@ -138,6 +144,13 @@ def test_what_is_trained_can_be_named() -> None:
     assert named.gate_config().trainable == ("*",)
 
 
+def test_pretraining_computes_with_what_is_left() -> None:
+    assert PretrainArguments().gate_config().shrink_every == 10
+    assert PretrainArguments(gates='{"shrink_every": 0}').gate_config().shrink_every == 0
+    assert PretrainArguments(distribution="gaussian").gate_config().shrink_every == 0
+    assert PretrainArguments(paper=True).gate_config().shrink_every == 0
+
+
 def test_pretrain_against_the_same_run_without_gates(
     tiny_config: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -149,7 +162,10 @@ def test_pretrain_against_the_same_run_without_gates(
     assert list(rows) == ["dense", "gated", "pruned", "reloaded"]
     assert rows["pruned"]["removed"] == pytest.approx(0.4, abs=0.03)
     assert written["ratios"]["loss"] == rows["gated"]["score"] / rows["dense"]["score"]
-    dense, gated = ([e for e in written["history"][s] if "loss" in e] for s in ("dense", "gated"))
+    dense, gated = (
+        [entry for entry in history_of(output, stage) if "loss" in entry]
+        for stage in ("dense", "gated")
+    )
     # The gates are open until the fifth step: until then the runs are one.
     for step in range(5):
         assert gated[step]["loss"] == pytest.approx(dense[step]["loss"], rel=1e-4)
@@ -188,11 +204,12 @@ def test_killed_run_goes_on_bit_for_bit(
     assert main(killed) == 0
     assert main(whole) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
-    histories = [report_of(tmp_path / name)["history"]["gated"] for name in ("whole", "killed")]
-    assert [[e.get("loss") for e in h] for h in histories][0] == [
-        e.get("loss") for e in histories[1]
-    ]
-    assert [e.get("gates") for e in histories[0]] == [e.get("gates") for e in histories[1]]
+    for key in ("loss", "eval_loss", "gates"):
+        whole, killed = (
+            [entry.get(key) for entry in history_of(tmp_path / name)]
+            for name in ("whole", "killed")
+        )
+        assert whole == killed
 
 
 def test_a_named_checkpoint_is_taken(
@@ -441,7 +458,7 @@ def test_quick_pretrain_on_real_text(tiny_config: Path, tmp_path: Path) -> None:
     more = ("--config", str(tiny_config), "--tokenizer", str(tokens), "--block_size", "64")
     more += ("--max_steps", "60", "--save_steps", "30", "--learning_rate", "1e-2")
     assert main(["pretrain", *words(stories, tmp_path / "run", *more)]) == 0
-    log = [e["loss"] for e in report_of(tmp_path / "run")["history"]["gated"] if "loss" in e]
+    log = [e["loss"] for e in history_of(tmp_path / "run") if "loss" in e]
     assert log[0] > 6.0
     rows = rows_of(tmp_path / "run")
     assert rows["reloaded"]["score"] < 5.0
@@ -464,12 +481,15 @@ def test_accumulation_changes_nothing_but_rounding(llama: Path, text: Path, tmp_
         run = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", parts)
         run += ("--model", str(llama), "--new_tokens", "0")
         assert main(["posttrain", *words(text, tmp_path / name, *run)]) == 0
-    first, second = (report_of(tmp_path / name) for name in ("whole", "parts"))
     for key in ("loss", "eval_loss"):
-        one, other = ([e[key] for e in r["history"]["gated"] if key in e] for r in (first, second))
-        assert len(one) == 10
-        assert other == pytest.approx(one, rel=1e-4)
-    assert second["layers"] == first["layers"]
+        whole, parts = (
+            [entry[key] for entry in history_of(tmp_path / name) if key in entry]
+            for name in ("whole", "parts")
+        )
+        assert len(whole) == 10
+        assert parts == pytest.approx(whole, rel=1e-4)
+    first, second = (report_of(tmp_path / name)["layers"] for name in ("whole", "parts"))
+    assert first == second
 
 
 def test_a_lora_inside_the_gates_is_folded(llama: Path, text: Path, tmp_path: Path) -> None:

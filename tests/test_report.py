@@ -381,13 +381,6 @@ def test_training_figure_draws_what_there_is(tmp_path, monkeypatch, metric, hist
     assert (([1.0, 2.0], (2.0, 1.0)) in drawn) is bool(history)
 
 
-def test_history_is_written_without_what_json_has_not(tmp_path):
-    reporting.write_report(tmp_path / "report.json", Report({}, "loss", ROWS, history=HISTORY))
-    found = json.loads((tmp_path / "report.json").read_text())["history"]["gated"]
-    assert [entry.get("loss") for entry in found] == [2.0, None, None, None, None]
-    assert found[0]["gates"] == HISTORY["gated"][0]["gates"]
-
-
 def test_removal_of_an_emptied_layer():
     layer = PrunedLinear.from_linear(nn.Linear(4, 3), rows=torch.tensor([], dtype=torch.int64))
     layers = kept(nn.Sequential(nn.Linear(4, 3)), nn.Sequential(layer))

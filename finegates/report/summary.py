@@ -51,7 +51,7 @@ class Report:
         splits: the reloaded model's score on further labelled splits.
         ratios: the gated run's figures over those of the run without gates.
         samples: per model a text that it wrote.
-        history: per stage what its Trainer logged.
+        history: per stage what its Trainer logged; drawn, not written again.
     """
 
     job: Mapping[str, Any]
@@ -78,15 +78,11 @@ class Report:
             "splits": {split: _or_none(score) for split, score in self.splits.items()},
             "ratios": dict(self.ratios),
             "samples": dict(self.samples),
-            "history": {
-                stage: [{key: _or_none(value) for key, value in entry.items()} for entry in entries]
-                for stage, entries in self.history.items()
-            },
         }
 
 
-def _or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _or_none(score: float) -> float | None:
+    return score if math.isfinite(score) else None
 
 
 def form(metric: str) -> Callable[[float], str]:
