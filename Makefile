@@ -16,9 +16,9 @@ lint: $(VENV)/.installed  ## formats, lints, types
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python bench/table.py build/bench.json --png build/bench.png
+bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid, 1 thread and all
+	$(BIN)/python -m pytest bench --benchmark-only --threads 1,all --benchmark-json=build/bench.json
+	$(BIN)/python bench/table.py build/bench.json --png build/bench.png | tee build/bench.md
 
 # With the caller's Python: the pins above are CPU builds of torch.
 gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu
