@@ -98,7 +98,8 @@ void encoder_layer(const EncoderLayerArgs& args) {
   attention.scale = args.scale;
   attention.mask_type = args.mask_type;
   std::copy_n(args.mask_strides, 3, attention.mask_strides);
-  const int tile_rows = isa.tile_rows[static_cast<int>(Kind::kF32)];
+  const int tile_rows = std::max(isa.tile_rows[static_cast<int>(Kind::kF32)],
+                                 isa.tile_rows[static_cast<int>(Kind::kDot)]);
   const size_t attention_bytes = attention_scratch(attention, tile_rows).total * sizeof(float);
   const size_t norm_bytes = norm_floats(args.features) * sizeof(float);
 

@@ -124,35 +124,77 @@ void end_mask(float* mask, int64_t keys) {
   for (int64_t i = keys; i < round_up(keys, kPanel); ++i) mask[i] = -__builtin_inff();
 }
 
-// One key block of one head: the rows of k as the weight of a tile (panels of 32 keys, a unit for
-// each feature), those of v as the weight of the second (panels of 32 features, a unit for each
-// key).
+// bf16 is multiplied in pairs where the level has a dot product, and widened to fp32 elsewhere.
 template <class T>
-void pack_heads(const SelfAttention& a, const uint8_t* k, const uint8_t* v, int64_t first,
-                int64_t keys, float* key_panels, float* value_panels, float* row) {
-  const int64_t d = a.head_size;
+constexpr bool kPairs = sizeof(T) == 2 && Vec::kHasDot;
+template <class T>
+constexpr Kind kAttentionKind = kPairs<T> ? Kind::kDot : Kind::kF32;
+
+template <class T>
+constexpr int64_t units_of(int64_t length) {
+  return kPairs<T> ? (length + 1) / 2 : length;
+}
+
+// A row as a tile's operand: zeros up to the next multiple of kPanel.
+template <class T>
+void read_operand(float* out, const T* in, int64_t length) {
+  if constexpr (kPairs<T>) {
+    uint16_t* const pairs = reinterpret_cast<uint16_t*>(out);
+    __builtin_memcpy(pairs, in, length * sizeof(T));
+    for (int64_t i = length; i < round_up(length, kPanel); ++i) pairs[i] = 0;
+  } else {
+    read_row(out, in, length);
+  }
+}
+
+// Rows of k as the weight of a tile: panels of 32 keys, a unit for each feature or pair of them.
+template <class T>
+void pack_keys(const SelfAttention& a, const uint8_t* k, int64_t keys, float* panels, float* row) {
+  const int64_t units = units_of<T>(a.head_size);
   for (int64_t j = 0; j < round_up(keys, kPanel); ++j) {
-    float* const panel = key_panels + j / kPanel * kPanel * d + j % kPanel;
+    float* const panel = panels + j / kPanel * kPanel * units + j % kPanel;
     if (j < keys) {
-      read_row(row, reinterpret_cast<const T*>(k + (first + j) * a.stride), d);
-      for (int64_t i = 0; i < d; ++i) panel[i * kPanel] = row[i];
-      read_row(row, reinterpret_cast<const T*>(v + (first + j) * a.stride), d);
-      for (int64_t p = 0; p < d; p += kPanel) {
-        float* const unit = value_panels + (p / kPanel * keys + j) * kPanel;
-        for (int i = 0; i < kPanel; i += Vec::kLanes) {
-          Vec::store(unit + i, Vec::load(row + p + i));
-        }
+      read_operand(row, reinterpret_cast<const T*>(k + j * a.stride), a.head_size);
+      for (int64_t u = 0; u < units; ++u) panel[u * kPanel] = row[u];
+    } else {
+      for (int64_t u = 0; u < units; ++u) panel[u * kPanel] = 0.0f;
+    }
+  }
+}
+
+// Columns of v as the weight of a tile: panels of 32 features, a unit for each key or pair of them.
+template <class T>
+void pack_values(const SelfAttention& a, const uint8_t* v, int64_t keys, float* panels,
+                 float* row) {
+  const int64_t d = a.head_size, units = units_of<T>(keys);
+  for (int64_t u = 0; u < units; ++u) {
+    float* unit = panels + u * kPanel;
+    if constexpr (kPairs<T>) {
+      uint16_t* const even = reinterpret_cast<uint16_t*>(row);
+      uint16_t* const odd = even + round_up(d, kPanel);
+      read_operand(row, reinterpret_cast<const T*>(v + 2 * u * a.stride), d);
+      const bool last = 2 * u + 1 == keys;  // an incomplete pair
+      const uint8_t* const next = v + (2 * u + (last ? 0 : 1)) * a.stride;
+      read_operand(reinterpret_cast<float*>(odd), reinterpret_cast<const T*>(next), last ? 0 : d);
+      for (int64_t i = 0; last && i < d; ++i) odd[i] = 0;
+      for (int64_t p = 0; p < d; p += kPanel, unit += units * kPanel) {
+        uint32_t* const pairs = reinterpret_cast<uint32_t*>(unit);
+        for (int i = 0; i < kPanel; ++i) pairs[i] = even[p + i] | uint32_t{odd[p + i]} << 16;
       }
     } else {
-      for (int64_t i = 0; i < d; ++i) panel[i * kPanel] = 0.0f;
+      read_row(row, reinterpret_cast<const T*>(v + u * a.stride), d);
+      for (int64_t p = 0; p < d; p += kPanel, unit += units * kPanel) {
+        for (int i = 0; i < kPanel; i += Vec::kLanes) Vec::store(unit + i, Vec::load(row + p + i));
+      }
     }
   }
 }
 
 // rows x outputs of c = x w^T (+ c), with `units` columns of x; w in panels.
+template <Kind K>
 void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units, int64_t outputs,
                      float* c, int64_t c_stride, bool add) {
-  const Shapes& shape = shapes_of<Kind::kF32>(rows);
+  const Shapes& shape = shapes_of<K>(rows);
   TileArgs args;
   args.panel_bytes = 0;
   args.units = args.stream_units = units;
@@ -200,7 +242,8 @@ template <class T>
 void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, float* scratch) {
   const int64_t d = a.head_size, padded = round_up(d, kPanel);
   const int64_t offset = sequence * a.length * a.stride + head * d * sizeof(T);
-  constexpr int kRows = Vec::tile_rows(Kind::kF32);
+  constexpr Kind K = kAttentionKind<T>;
+  constexpr int kRows = Vec::tile_rows(K);
   const AttentionScratch at = attention_scratch(a, kRows);
   float* const mask = scratch + at.mask;
   float* const x = scratch + at.x;
@@ -217,14 +260,16 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
   }
   for (int64_t first = 0; first < keys; first += kPRow) {
     const int64_t count = keys - first < kPRow ? keys - first : kPRow;
-    pack_heads<T>(a, a.k + offset, a.v + offset, first, count, scratch + at.keys + first * d,
-                  scratch + at.values + first * padded, x);
+    pack_keys<T>(a, a.k + offset + first * a.stride, count, scratch + at.keys + first * d, x);
+    pack_values<T>(a, a.v + offset + first * a.stride, count, scratch + at.values + first * padded,
+                   x);
   }
   const int64_t tiles = (a.length + kRows - 1) / kRows;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t rows = (a.length - row) / (tiles - t);
     for (int64_t r = 0; r < rows; ++r) {
-      read_row(x + r * kPRow, reinterpret_cast<const T*>(a.q + offset + (row + r) * a.stride), d);
+      read_operand(x + r * kPRow, reinterpret_cast<const T*>(a.q + offset + (row + r) * a.stride),
+                   d);
       most[r] = kMasked;
       total[r] = 0.0f;
       if (one_mask) continue;
@@ -233,19 +278,23 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
     }
     for (int64_t first = 0; first < keys; first += kPRow) {
       const int64_t count = keys - first < kPRow ? keys - first : kPRow;
-      multiply_panels(x, rows, scratch + at.keys + first * d, d, count, p, kPRow, false);
+      multiply_panels<K>(x, rows, scratch + at.keys + first * d, units_of<T>(d), count, p, kPRow,
+                         false);
       for (int64_t r = 0; r < rows; ++r) {
         const float* const row_mask = mask + (one_mask ? 0 : r * at.mask_stride) + first;
         const float shrink =
             soften_scores(p + r * kPRow, row_mask, count, a.scale, most + r, total + r);
+        if constexpr (kPairs<T>) {  // never ahead of what it reads
+          write_row(reinterpret_cast<uint16_t*>(p + r * kPRow), p + r * kPRow, count + count % 2);
+        }
         if (first == 0) continue;
         for (int64_t i = 0; i < padded; i += Vec::kLanes) {
           float* const value = c + r * padded + i;
           Vec::store(value, Vec::mul(Vec::load(value), Vec::set(shrink)));
         }
       }
-      multiply_panels(p, rows, scratch + at.values + first * padded, count, d, c, padded,
-                      first > 0);
+      multiply_panels<K>(p, rows, scratch + at.values + first * padded, units_of<T>(count), d, c,
+                         padded, first > 0);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const F share = Vec::set(1.0f / total[r]);
