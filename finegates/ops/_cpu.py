@@ -168,12 +168,12 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _aligned(packed: Tensor) -> Tensor:
     """Return ``packed`` itself, or a copy where it is not 64-byte aligned and contiguous."""
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.device.type != "cpu":
+    if packed.dtype is not torch.uint8 or packed.dim() != 1 or not packed.is_cpu:
         raise ValueError(
             f"packed must be a 1-D uint8 CPU tensor, got {packed.dim()}-D {packed.dtype} "
             f"on {packed.device}"
         )
-    if packed.is_contiguous() and packed.data_ptr() % 64 == 0:
+    if packed.is_contiguous() and not packed.data_ptr() & 63:
         return packed
     return torch.empty(packed.numel(), dtype=torch.uint8).copy_(packed)
 
