@@ -453,6 +453,27 @@ print(len({path for path in maps if "libgomp" in path or "libomp" in path}))
     assert run.stdout.strip() == "1"
 
 
+def test_no_memory_for_the_gathered_rows_is_a_memory_error() -> None:
+    """x and the weight are there already; the scratch of 100 MB is not."""
+    code = """
+import resource, torch
+from finegates.ops import _cpu
+torch.set_num_threads(1)
+x = torch.ones(64, 400_000)
+packed = _cpu.prepare(torch.ones(1, 400_000))
+pages = int(open("/proc/self/statm").read().split()[0])
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 2**24, before[1]))
+try:
+    _cpu.pruned_linear(x, packed, 1)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    print(_cpu.pruned_linear(x[:1], packed, 1).item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "400000.0\n", done.stderr
+
+
 def test_torch_thread_count_reaches_new_python_threads() -> None:
     omp = ctypes.CDLL("libgomp.so.1")
     layer, x = Layer(64, 64), random(1, 64)
