@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finegates import GateConfig, GateMap, gate_
+from finegates.surgery import GateController
 from finegates.surgery.couplings import Side
 from finegates.surgery.masses import layer_masses, own_means
 from tiny_models import build, scatter_gates_
@@ -34,6 +38,37 @@ def test_layer_masses(model_type: str, distribution: str, sides: str) -> None:
     plain = torch.autograd.grad(expected @ weights, logits)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Launches(TorchDispatchMode):
+    """Count the calls that would launch a kernel on a GPU: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("objective", ["fraction", "per_axis"])
+def test_penalty_takes_as_many_launches_for_any_number_of_layers(
+    model_type: str, objective: str
+) -> None:
+    counts = []
+    for layers in (1, 5):
+        model = gate_(
+            build(model_type, layers=layers),
+            GateConfig(distribution="gaussian", objective=objective),
+        )
+        controller = GateController(model, total_steps=10)
+        for logits in controller.logits:
+            logits.grad = torch.zeros_like(logits)
+        controller.before_step(0)
+        with Launches() as launches:
+            controller.before_step(1)
+        counts.append(launches.count)
+    assert counts[0] == counts[1] < 40
 
 
 def test_independent_gates_need_the_general_path() -> None:

@@ -135,8 +135,8 @@ def test_the_layers_two_paths_agree(distribution: str) -> None:
     x = torch.randn(4, 7)
     torch.testing.assert_close(layer._sample_in_kernel(x, None), layer(x))
     grads = [
-        torch.autograd.grad(path(x).sin().sum(), list(layer.parameters()))
-        for path in (layer, lambda x: layer._sample_in_kernel(x, None))
+        torch.autograd.grad(y.sin().sum(), list(layer.parameters()))
+        for y in (layer(x), layer._sample_in_kernel(x, None))
     ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -154,6 +154,37 @@ def test_the_two_paths_agree_on_tied_units(model_type: str) -> None:
     for layer in layers:
         x = torch.randn(4, layer.in_features)
         torch.testing.assert_close(layer._sample_in_kernel(x, None), layer(x))
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
+@pytest.mark.parametrize("sides", ["rc", "r", "c", ""])
+@pytest.mark.parametrize("noise", [True, False])
+def test_gradcheck_gated_matmul(distribution: str, sides: str, noise: bool) -> None:
+    """The reference is its own derivative's judge, in fp64 and for the samples of one seed."""
+    case = make((2, 3), 6, 5, torch.float64, distribution, sides=sides, noise=noise)
+    call = case.call()
+    leaves = [t if t is None else t.double().requires_grad_() for t in call[:5]]
+    present = [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+    def op(*tensors: Tensor) -> Tensor:
+        operands = dict(zip(present, tensors, strict=True))
+        args = [operands.get(i, value) for i, value in enumerate(call)]
+        y: Tensor = ops.gated_matmul.default(*args, "torch")[0]
+        return y
+
+    assert torch.autograd.gradcheck(op, [leaves[i] for i in present])
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
+def test_gradcheck_open_mass(distribution: str) -> None:
+    config = GateConfig(distribution=distribution)
+    logits = torch.randn(18, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 5, 6, 18])
+
+    def op(logits: Tensor) -> Tensor:
+        return open_mass(logits, offsets, distribution, *config.open_constants, backend="torch")
+
+    assert torch.autograd.gradcheck(op, logits)
 
 
 @pytest.mark.parametrize("distribution", ALL)
@@ -302,10 +333,11 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_every_op_has_a_table_row_and_an_opcheck() -> None:
-    """A new op must come here or to test_ops.py."""
+    """A new op must come here, with an opcheck in the test of its module."""
     checked = {
         "gated_linear", "gated_linear_backward", "pruned_linear", "gated_matmul",
         "gated_matmul_backward", "norm_gather", "open_mass", "open_mass_backward",
+        "packed_linear", "packed_linears", "packed_glu", "encoder_layer",
     }  # fmt: skip
     assert set(TABLE) == checked
     defined = {

@@ -148,8 +148,12 @@ class GateController:
         logits = self.logits
         with torch.enable_grad():
             penalty = self.config.penalty_weight * self.penalty(target)
+        held, added = [], []
         for parameter, gradient in zip(logits, torch.autograd.grad(penalty, logits), strict=True):
             if parameter.grad is None:
                 parameter.grad = gradient
             else:
-                parameter.grad += gradient
+                held.append(parameter.grad)
+                added.append(gradient)
+        if held:
+            torch._foreach_add_(held, added)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from finegates import FusedGatedLinear, GateConfig
-from finegates.kernels import launch, traffic
+from finegates.kernels import fold, gated_matmul_bwd, launch, norm_gather, traffic
 from finegates.kernels.gated_matmul import _gated_matmul_fwd_kernel
 from finegates.kernels.gated_matmul_bwd import gated_matmul_bwd_x
 from finegates.kernels.operands import Gates, Weight
@@ -237,9 +238,43 @@ def test_launches_of_a_step(frozen: bool, recorder: Recorder) -> None:
     assert recorder.launches == 1 + (3 if frozen else 4)
 
 
-def test_offsets_are_64_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+TALL = 4096
+FAR = 2**20
+# Per kernel: which operands are there, and which of their strides is the long one.
+LONG_STRIDES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
+    "fwd": (
+        _gated_matmul_fwd_kernel, ("x", "w", "y", "residual"), ("xm", "ym", "residual"),
+        {"ROW": "none", "COLUMN": "none", "ACTIVATION": "none"},
+    ),
+    "bwd_x": (
+        gated_matmul_bwd._gated_matmul_bwd_x_kernel,
+        ("dy", "w", "x", "y", "dx", "dc", "dr", "db"), ("dym", "xm", "ym"), {"CLOSED_GRAD": True},
+    ),
+    "bwd_r": (
+        gated_matmul_bwd._gated_matmul_bwd_r_kernel, ("dy", "w", "x", "r", "dr"), ("dym", "xm"), {},
+    ),
+    "bwd_w": (
+        gated_matmul_bwd._gated_matmul_bwd_w_kernel,
+        ("dy", "x", "w", "dw", "dc", "dr", "db"), ("dym", "xm"), {"CLOSED_GRAD": True},
+    ),
+    "fold_fwd": (
+        fold._fold_fwd_kernel, ("w", "w_out"), ("wn",),
+        {"ROW": "none", "COLUMN": "none", "N": TALL},
+    ),
+    "fold_bwd": (
+        fold._fold_bwd_kernel, ("dy", "y", "x", "dx", "dr", "dc"), ("dym", "ym", "xm", "dxm"), {},
+    ),
+    "norm_gather": (
+        norm_gather._norm_gather_fwd_kernel, ("x", "columns", "y"), ("xm",), {"NORM": "rms"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_STRIDES)
+def test_offsets_are_64_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 rows 2²⁰ elements apart: addresses to 2³² elements, computed and not dereferenced."""
-    m, stride, lowest, highest = 4096, 2**20, [2**63], [0]
+    kernel, operands, long, constants = LONG_STRIDES[name]
+    lowest, highest = [2**63], [0]
     builder = type(interpreter.interpreter_builder)
 
     def load(self: Any, ptrs: Any, mask: Any, other: Any, *_: Any, **__: Any) -> Any:
@@ -257,13 +292,16 @@ def test_offsets_are_64_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         builder, "create_masked_store", lambda self, ptrs, value, mask, *_: note(ptrs, mask)
     )
-    x, w = torch.zeros(1, 8), torch.zeros(8, 8)
-    tile = launch.gemm_tile("fwd", x, m, 8, 8)
-    _gated_matmul_fwd_kernel[(m // tile.m,)](
-        x, w, None, None, x, None, None, None, None, None, None, None, m, 8, 8, 8,
-        stride, 1, 8, 1, stride, 0, 1, 1, 1, 1, 0.0, 1.0, 1.0,
-        ROW="none", COLUMN="none", ACTIVATION="none", GATHERED=False, PRECISION="ieee",
-        **launch.gemm_options(tile),
-    )  # fmt: skip
-    assert highest[0] - x.data_ptr() == 4 * ((m - 1) * stride + 7)
-    assert lowest[0] == min(x.data_ptr(), w.data_ptr())
+    memory = torch.zeros(1)
+    sizes = {"M": TALL, "N": 8, "K": 8, "N_out": 8, "K_in": 8, "count": 8, "eps": 1.0}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "BLOCK": 256}
+    given: dict[str, Any] = {"GATHERED": False, "PRECISION": "ieee", **sizes, **blocks}
+    given |= {f"{operand}_ptr": memory for operand in operands}
+    given["columns_ptr"] = memory.view(torch.int32) if "columns" in operands else None
+    given |= {f"stride_{side}": FAR for side in long} | constants
+    names = inspect.signature(kernel.fn).parameters
+    arguments = {n: given.get(n, None if n.endswith("_ptr") else 1) for n in names}
+    programs = {"norm_gather": (TALL,), "bwd_w": (1,)}.get(name, (TALL // 32, 2))
+    kernel[programs if name.startswith("fold") else programs[:1]](**arguments)
+    assert lowest[0] == memory.data_ptr()
+    assert highest[0] - memory.data_ptr() == 4 * ((TALL - 1) * FAR + 7)
