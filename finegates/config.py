@@ -50,6 +50,8 @@ class GateConfig:
             whole weight.
         warmup: fraction of the steps with every gate open, during which importance is measured.
         ramp: fraction of the steps over which the target rises from 0 to ``sparsity`` (cubic).
+        recovery: fraction of the steps at the end with the gates fixed as they evaluate, without
+            noise, while everything else trained goes on.
         penalty_weight: λ of the stochastic objectives. The budget is met by shifting logits, so
             the fraction objective needs little; the authors use 50.
         gate_learning_rate: learning rate of the logits. None takes 0.05, and 0.2 for hard concrete
@@ -97,6 +99,7 @@ class GateConfig:
     shrink_every: int = 0
     warmup: float = 0.3
     ramp: float = 0.3
+    recovery: float = 0.0
     penalty_weight: float = 1.0
     gate_learning_rate: float | None = None
     reorder_every: int = 0
@@ -169,6 +172,11 @@ class GateConfig:
             ("sparsity", 0.0 < self.sparsity < 1.0, "in (0, 1)"),
             ("warmup", 0.0 <= self.warmup < 1.0, "in [0, 1)"),
             ("ramp", 0.0 <= self.ramp <= 1.0 - self.warmup, "in [0, 1 - warmup]"),
+            (
+                "recovery",
+                0.0 <= self.recovery <= 1.0 - self.warmup - self.ramp,
+                "in [0, 1 - warmup - ramp]",
+            ),
             ("penalty_weight", self.penalty_weight >= 0.0, "at least 0"),
             ("gate_learning_rate", self.logits_learning_rate > 0.0, "above 0"),
             ("lora_alpha", self.lora_alpha > 0.0, "above 0"),

@@ -74,7 +74,7 @@ class Gate(nn.Module):
 
     def value(self) -> Tensor:
         """Return the noise-free values [size] that evaluation uses and `prune_` folds."""
-        return self.spread(self._unit_value())
+        return self.spread(self.unit_value())
 
     def open_probability(self) -> Tensor:
         """Return P(z > 0) per unit [units], differentiable in the logits.
@@ -84,7 +84,7 @@ class Gate(nn.Module):
         """
         config = self.config
         if config.distribution == "ranking":
-            return self._unit_value()
+            return self.unit_value()
         return reference.open_probability(self.logits, config.distribution, *config.open_constants)
 
     @property
@@ -107,7 +107,8 @@ class Gate(nn.Module):
         """Return size and distribution for `repr`."""
         return f"{self.size}, distribution={self.config.distribution!r}"
 
-    def _unit_value(self) -> Tensor:
+    def unit_value(self) -> Tensor:
+        """Return the noise-free value of each unit [units]; `value` spreads it over the side."""
         if self.config.distribution != "ranking":
             return self._units(self.logits, None)
         value = self._units(self.logits.detach(), None)

@@ -10,6 +10,7 @@ import tiny_models
 from finegates import GateConfig, gate_
 from finegates.penalty import fraction_penalty, per_axis_penalty
 from finegates.surgery import GateController, GateMap, Side
+from finegates.surgery.watch import GateWatch
 from tiny_models import build, inputs
 
 STEPS = 20
@@ -172,3 +173,60 @@ def test_objectives_see_what_they_should() -> None:
 def test_total_steps_must_be_positive(total_steps: int) -> None:
     with pytest.raises(ValueError, match=f"total_steps must be at least 1, got {total_steps}"):
         GateController(gated(), total_steps)
+
+
+@pytest.mark.parametrize("distribution", ["ranking", "gaussian", "hard_concrete"])
+def test_recovery_trains_everything_but_the_gates(distribution: str) -> None:
+    """The last half of the steps: budget met, logits still, no noise, biases still moving."""
+    steps = 12
+    config = GateConfig(
+        distribution=distribution, sparsity=0.4, warmup=0.25, ramp=0.25, recovery=0.5,
+        modules=("*",), train_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = gate_(nn.Sequential(nn.Linear(24, 30), nn.Tanh(), nn.Linear(30, 20)), config).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    controller = GateController(model, steps)
+    controller.start()
+    x = torch.randn(32, 24)
+    for step in range(steps):
+        controller.begin_step(step)
+        if step == 6:
+            kept = [logits.detach().clone() for logits in controller.logits]
+            bias = model[0].bias.detach().clone()
+            fraction = controller.map.removal().fraction
+            assert fraction == pytest.approx(0.4, abs=0.05)
+        if step >= 6:
+            assert torch.equal(model(x), model(x))
+            training = model(x)
+            assert torch.equal(model.eval()(x), training)
+            model.train()
+        model(x).square().mean().backward()
+        controller.before_step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.after_step(step)
+    assert controller.finish().fraction == fraction
+    assert all(torch.equal(a, b) for a, b in zip(controller.logits, kept, strict=True))
+    assert not torch.equal(model[0].bias, bias)
+    assert controller.hardened == 0.0
+    noisy = distribution != "ranking"
+    assert torch.equal(model(x), model(x)) is not noisy, "noise is back once training is over"
+
+
+def test_watch_counts_gates() -> None:
+    config = GateConfig(distribution="gaussian", modules=("*",), rows=False, open_sigma=0.5)
+    model = gate_(nn.Sequential(nn.Linear(4, 3)), config).eval()
+    gate = model[0].column_gate
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([-2.0, 0.0, 0.1, 2.0]))
+    watch = GateWatch(GateMap(model))
+    assert watch.figures() == {"removed": 0.25, "gates_fractional": 0.5}
+    model(torch.randn(5, 4)).square().sum().backward()
+    watch.see_gradients()
+    with torch.no_grad():
+        gate.logits[1] = -2.0
+    assert watch.figures() == {
+        "removed": 0.5, "gates_fractional": 0.25, "gates_with_gradient": 0.5,
+        "gates_changed_side": 0.25,
+    }  # fmt: skip

@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev
 
 from finegates import FusedGatedLinear, GateConfig
 from finegates.nn import LoRA
+from finegates.ops import gated_linear
 
 
 def gated(distribution: str) -> FusedGatedLinear:
@@ -89,3 +90,62 @@ def test_lora_violates_it_at_its_degenerate_point() -> None:
     assert loss > 1.0
     assert ratios[1] < 0.02 * ratios[0]
     assert ratios[2] < 0.02 * ratios[1]
+
+
+M, N, K = 40, 12, 8
+
+
+def smallest_singular_value(matrix: Tensor) -> float:
+    return float(torch.linalg.svdvals(matrix).min())
+
+
+def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, a full-rank frozen w, and targets that no gates reach."""
+    g = torch.Generator().manual_seed(seed)
+    x, w, y = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((M, K), (N, K), (M, N)))
+    return x, w, y
+
+
+def design(x: Tensor, w: Tensor, side: str) -> Tensor:
+    """Return D with vec(y) = D z for the gates z of one side, the other side open."""
+    if side == "row":
+        return torch.einsum("mn,nj->mnj", x @ w.t(), torch.eye(N).double()).flatten(0, 1)
+    return torch.einsum("nk,mk->mnk", w, x).flatten(0, 1)
+
+
+@pytest.mark.parametrize("side", ["row", "column"])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_side_satisfies_it_with_a_constant_of_the_data(side: str, seed: int) -> None:
+    """½ |∇L|² ≥ μ (L - L*) at every step, μ from x and w alone, and so L falls linearly."""
+    x, w, y = problem(seed)
+    d = design(x, w, side)
+    best = torch.linalg.lstsq(d, y.flatten()[:, None]).solution
+    least = 0.5 * (d @ best - y.flatten()[:, None]).square().sum()
+    of_w = smallest_singular_value(w) ** 2 if side == "column" else float(w.square().sum(1).min())
+    mu = smallest_singular_value(x) ** 2 * of_w
+    assert 0 < mu <= smallest_singular_value(d) ** 2
+    smoothness = float(torch.linalg.svdvals(d).max()) ** 2
+    z = torch.ones(N if side == "row" else K, dtype=torch.float64, requires_grad=True)
+    gaps = []
+    for _ in range(200):
+        r, c = (z, None) if side == "row" else (None, z)
+        loss = 0.5 * (gated_linear(x, w, None, r, c) - y).square().sum()
+        (gradient,) = torch.autograd.grad(loss, z)
+        gaps.append(float(loss.detach() - least))
+        assert 0.5 * gradient.square().sum() >= mu * gaps[-1] - 1e-9
+        with torch.no_grad():
+            z -= gradient / smoothness
+    bound = [gaps[0] * (1.0 - mu / smoothness) ** step for step in range(200)]
+    assert all(gap <= limit + 1e-9 for gap, limit in zip(gaps, bound, strict=True))
+    assert gaps[-1] < 0.5 * gaps[0]
+
+
+def test_gates_on_both_sides_have_that_point_too() -> None:
+    """r = c = 0 is as flat: the statement is about one trained side. Gates start open."""
+    x, w, y = problem(0)
+    r, c = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (N, K))
+    (0.5 * (gated_linear(x, w, None, r, c) - y).square().sum()).backward()
+    assert r.grad is not None
+    assert c.grad is not None
+    assert r.grad.abs().max() == 0
+    assert c.grad.abs().max() == 0

@@ -86,13 +86,15 @@ class GateCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Meet the final budget."""
+        """Meet the final budget, and log what that removed which was not removed before."""
         if self.controller is not None and state.global_step >= state.max_steps:
             self.controller.finish()
+            hardened = {"hardened": self.controller.hardened, "step": state.global_step}
+            state.log_history.append(hardened)
 
 
 class GatedTrainer(Trainer):
-    """transformers' Trainer for a gated model: adds `GateCallback` and logs the removed fraction.
+    """transformers' Trainer for a gated model: adds `GateCallback` and logs how the gates do.
 
     The logits form an optimizer group of their own with ``gate_learning_rate`` and no weight decay,
     and so do the LoRA's factors where ``lora_learning_rate`` is set.
@@ -134,10 +136,10 @@ class GatedTrainer(Trainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the removed fraction of the gated weights beside the Trainer's own figures."""
+        """Log `GateWatch.figures` of the gates beside the Trainer's own figures."""
         controller = self.gate_callback.controller
         if controller is not None:
-            logs = {**logs, "removed": controller.map.removal().fraction}
+            logs = {**logs, **controller.watch.figures()}
         super().log(logs, start_time)
 
 

@@ -64,6 +64,8 @@ class FusedGatedLinear(nn.Linear):
     ``column_gate.logits`` (fp32, each only if ``config`` gates that side), ``lora.down`` and
     ``lora.up`` (only with a LoRA).
 
+    While ``fixed`` is set, training computes with the values of evaluation, without noise.
+
     With all gates open the output is that of the plain Linear: on the torch backend bit for bit,
     also for an x that is not contiguous. Not if x overlaps itself in memory other than by
     ``expand`` of leading dimensions, or doesn't start at an address that is aligned as a fresh
@@ -117,6 +119,7 @@ class FusedGatedLinear(nn.Linear):
         device = self.weight.device
         self._ordered: _Ordered | None = None
         self._compact: _Compact | None = None
+        self.fixed = False
         self.config = config
         self.row_gate = Gate(self.out_features, config, device=device) if config.rows else None
         self.column_gate = Gate(self.in_features, config, device=device) if config.columns else None
@@ -139,14 +142,17 @@ class FusedGatedLinear(nn.Linear):
         ):
             return self._compute_compact(x, compact)
         seed = None
-        if self.training and self.config.distribution != "ranking":
+        noisy = self.training and not self.fixed
+        if noisy and self.config.distribution != "ranking":
             seed = torch.randint(0, 2**31 - 1, (2,), device=x.device)
         in_kernel = (x.is_cuda or INTERPRETED) and not transformed()
         if in_kernel and self.lora is None:
             return self._sample_in_kernel(x, seed)
         keys = (None, None) if seed is None else (seed[:1], seed[1:])
-        r = None if self.row_gate is None else self.row_gate(keys[0])
-        c = None if self.column_gate is None else self.column_gate(keys[1])
+        r, c = (
+            None if gate is None else gate(key) if noisy else gate.value()
+            for gate, key in zip((self.row_gate, self.column_gate), keys, strict=True)
+        )
         if in_kernel:
             y = self._sample_in_kernel(x, seed)
         else:

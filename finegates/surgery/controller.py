@@ -10,6 +10,7 @@ from .budget import GateMap, Removal
 from .couplings import Side
 from .masses import layer_masses, own_means
 from .shrink import expand_, shrink_
+from .watch import GateWatch
 
 # Above zero, so that the gate is open, and far below any squared gradient.
 _NOTHING_SEEN = 1e-30
@@ -30,6 +31,9 @@ class GateController:
       depend on data, so that it is added once per optimizer step, whatever the accumulation.
 
     With the authors' ``"per_axis"`` objective there is the penalty alone, and no shift.
+
+    The last ``recovery`` of the steps leave the gates as they then evaluate: no noise, no gradient,
+    no shift, while biases, head and LoRA adapt to them.
 
     All state lives in the logits and the step number: a checkpoint of the model holds it.
 
@@ -70,6 +74,9 @@ class GateController:
         self._total = sum(layer.weight.numel() for layer in self.map.layers.values())
         self._ranking = self.config.distribution == "ranking"
         self._warmup = max(1, round(self.config.warmup * total_steps))
+        self._recovery = total_steps - round(self.config.recovery * total_steps)
+        self.watch = GateWatch(self.map)
+        self.hardened = 0.0
 
     @property
     def logits(self) -> list[Tensor]:
@@ -89,15 +96,22 @@ class GateController:
         With ``shrink_every`` the layers are shrunk to what is left, except that every
         ``shrink_every``-th step is dense where closed gates are to get a gradient.
         """
+        fixed = step >= self._recovery
+        for layer in self.map.layers.values():
+            layer.fixed = fixed
         every = self.config.shrink_every
-        if every and (step % every or not self.config.closed_gradient):
+        if every and (step % every or not self.config.closed_gradient or fixed):
             shrink_(self.map)
         else:
             expand_(self.map)
 
     def before_step(self, step: int) -> None:
         """Work on the gates' gradients of optimizer step ``step`` (from 0), before it is taken."""
-        if not self._ranking:
+        self.watch.see_gradients()
+        if step >= self._recovery:
+            for logits in self.logits:
+                logits.grad = None
+        elif not self._ranking:
             self._add_penalty_gradient(self.config.target((step + 1) / self.total_steps))
         elif step < self._warmup:
             for logits in self.logits:
@@ -112,11 +126,15 @@ class GateController:
 
         Every ``reorder_every`` steps the layers put what is closed by then last.
         """
-        if self.config.objective == "fraction" and step >= self._warmup - 1:
+        budgeted = self.config.objective == "fraction" and step < self._recovery
+        if budgeted and step >= self._warmup - 1:
             if self._ranking and step == self._warmup - 1:
                 for logits in self.logits:
                     logits.copy_(0.5 * torch.log(logits / self._warmup))
-            self.map.project_(self.config.target((step + 1) / self.total_steps))
+            # The step before the recovery has the last word.
+            last = step + 1 == self._recovery
+            target = self.config.target((step + 1) / self.total_steps)
+            self.map.project_(self.config.sparsity if last else target)
         every = self.config.reorder_every
         if every and (step + 1) % every == 0:
             for layer in self.map.layers.values():
@@ -125,12 +143,19 @@ class GateController:
     def finish(self) -> Removal:
         """Meet the final budget exactly, and return what is removed.
 
-        With the per-axis objective nothing is shifted: that method removes what it removes.
+        With the per-axis objective nothing is shifted: that method removes what it removes. Nor is
+        it after a recovery, which has trained with the gates as they are. ``hardened`` then tells
+        what fraction was removed here and not before.
         """
         expand_(self.map)
-        if self.config.objective == "fraction":
-            return self.map.project_(self.config.sparsity)
-        return self.map.removal()
+        for layer in self.map.layers.values():
+            layer.fixed = False
+        before = self.map.removal()
+        if self.config.objective != "fraction" or self._recovery < self.total_steps:
+            return before
+        after = self.map.project_(self.config.sparsity)
+        self.hardened = after.fraction - before.fraction
+        return after
 
     def penalty(self, target: float) -> Tensor:
         """Return the stochastic objective at ``target`` (before λ), differentiable."""
