@@ -111,6 +111,8 @@ INVALID: list[tuple[str, Any]] = [
     ("warmup", -0.1),
     ("ramp", 0.86),
     ("ramp", -0.1),
+    ("recovery", 0.5),
+    ("recovery", -0.1),
     ("penalty_weight", -1.0),
     ("penalty_weight", math.inf),
     ("gate_learning_rate", 0.0),

@@ -65,8 +65,12 @@ def test_trainer_meets_the_budget_and_logs_it(tmp_path: Path) -> None:
     trainer = GatedTrainer(model=model, args=arguments(tmp_path), train_dataset=Tokens())
     trainer.train()
     assert GateMap(model).removal().fraction == pytest.approx(0.4, abs=0.01)
-    removed = [entry["removed"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    removed = [entry["removed"] for entry in losses]
     assert removed[0] == 0.0
+    assert all(entry["gates_with_gradient"] > 0.5 for entry in losses)
+    assert sum(entry["gates_changed_side"] for entry in losses[1:]) > 0.1
+    assert trainer.state.log_history[-1]["hardened"] == 0.0
     assert removed == sorted(removed)
     assert removed[-1] == pytest.approx(0.4, abs=0.01)
 
@@ -87,8 +91,13 @@ def test_logits_have_their_own_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"distribution": "gaussian"}, {"shrink_every": 3, "lora_rank": 2}],
-    ids=["ranking", "gaussian", "shrunk"],
+    [
+        {},
+        {"distribution": "gaussian"},
+        {"shrink_every": 3, "lora_rank": 2},
+        {"distribution": "gaussian", "warmup": 0.2, "ramp": 0.1, "recovery": 0.65},
+    ],
+    ids=["ranking", "gaussian", "shrunk", "recovery"],
 )
 @pytest.mark.parametrize("stop", [2, 5], ids=["in-warmup", "in-ramp"])
 def test_resumed_run_equals_the_uninterrupted_one(
