@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-bench wheel sanitize clean
+.PHONY: demo test lint bench bench-models gpu-bench wheel sanitize clean
 
 demo: $(VENV)/.installed  ## learn gates on a real model, remove 40 %, save, reload, time
 	$(BIN)/finegates finetune
@@ -19,6 +19,12 @@ lint: $(VENV)/.installed  ## formats, lints, types
 bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid, 1 thread and all
 	$(BIN)/python -m pytest bench --benchmark-only --threads 1,all --benchmark-json=build/bench.json
 	$(BIN)/python bench/table.py build/bench.json --png build/bench.png | tee build/bench.md
+
+SHAPES := minilm roberta-base roberta-large smollm2 llama-1b
+bench-models: $(VENV)/.installed  ## whole models of known shapes against every runtime installed
+	for shape in $(SHAPES); do \
+	  $(BIN)/finegates bench-model --shape $$shape --bars --json build/$$shape.json \
+	    --markdown build/$$shape.md --png build/$$shape.png || exit 1; done
 
 # With the caller's Python: the pins above are CPU builds of torch.
 gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu

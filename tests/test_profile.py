@@ -136,6 +136,14 @@ def test_profile(model_type: str, kind: str, optimised: bool, tmp_path: Path) ->
     assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@needs_native
+def test_blocks_that_take_their_own_forward_are_profiled_by_their_linears() -> None:
+    model = optimize_for_cpu(pruned("bert")).half()  # float16 isn't fused
+    profile = profile_model(model, Work("prefill", 1, 5), seconds=0.05)
+    assert {len(layer.shapes) for layer in profile.layers} == {1}
+    assert profile.parts["rest"] > 0
+
+
 def example() -> ModelProfile:
     floors = {"overhead": 1e-6, "bandwidth": 2e-5, "compute": 8e-5}
     one = LayerProfile("a.query", 8, [(10, 20, 5, 20)], 1e-4, 3e-4, floors, None, None, "x")

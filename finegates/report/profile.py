@@ -173,16 +173,19 @@ def profile_model(
 
 
 def _parts(clock: ModuleClock, layers: Sequence[LayerProfile]) -> dict[str, float]:
-    """Sum up the modules by part; a fused block's time beyond its Linears is its attention's."""
+    """Sum up the modules by part; a fused block's time beyond its Linears is its attention's.
+
+    A block that took its own forward isn't among the layers: its Linears are.
+    """
     parts = {"linear": 0.0, **dict.fromkeys(REASONS, 0.0)}
     alone = {layer.name: layer.linears or 0.0 for layer in layers}
     for name, seconds in clock.exclusive().items():
         part = clock.parts[name]
-        if part == "block":
+        if part == "block" and name in alone:
             linear = min(seconds, alone[name])
             parts["linear"] += linear
             part, seconds = "attention", seconds - linear
-        parts[part] += seconds
+        parts["rest" if part == "block" else part] += seconds
     return parts
 
 
@@ -225,6 +228,8 @@ def _layers(
             continue
         module = model.get_submodule(name)
         inner = [n for n, m in module.named_modules(prefix=name) if isinstance(m, LINEARS)]
+        if part == "block" and any(n in seconds for n in inner):
+            continue
         m = ours.rows.get(name) or max((theirs.rows.get(n, 1) for n in inner), default=1)
         shapes = [_shape(model.get_submodule(n), dense.get_submodule(n)) for n in inner]
         size = sum(_weight_bytes(model.get_submodule(n)) for n in inner)

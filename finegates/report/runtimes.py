@@ -41,11 +41,7 @@ class Runtime:
 
 def torch_runtime(name: str, model: Any) -> Runtime:
     """Return a runtime that serves this very model in transformers."""
-
-    def why_not(_: Any, dtype: str, work: Work) -> str | None:
-        return None
-
-    return Runtime(name, why_not, lambda *_: lambda work, threads: serve(model, work))
+    return Runtime(name, lambda *_: None, lambda *_: lambda work, threads: serve(model, work))
 
 
 def _missing(*packages: str) -> str | None:
