@@ -214,7 +214,7 @@ def test_language_models_are_scored_by_perplexity(tiny: Path, tmp_path: Path) ->
         for seed, (found, score) in enumerate(zip(after[:1] * 2, (12.25, 9.75), strict=True))
     ]
     assert "| gates | " in spread_table(lines)
-    assert "| 11.0 ± 1.8 (2) |" in spread_table(lines)
+    assert "| 11.00 ± 1.77 (2) |" in spread_table(lines)
 
 
 def test_bad_results_name_the_line(tmp_path: Path) -> None:
@@ -236,9 +236,9 @@ def test_table_takes_the_best_rate_over_seeds() -> None:
         line("gates", 0.9, sparsity=0.4), line("gates", 0.8, sparsity=0.4, tie="none"),
     ]  # fmt: skip
     assert spread_table(lines).splitlines()[2:] == [
-        "| head | 25.0 % | 79.0 (1) | 0.003 | 0.001: 75.0 ± 7.1 (2) |",
-        "| gates | 25.0 % | 90.0 (1) | 0.001 |  |",
-        "| gates, tie none | 25.0 % | 80.0 (1) | 0.001 |  |",
+        "| head | 25.0 % | 79.00 (1) | 0.003 | 0.001: 75.00 ± 7.07 (2) |",
+        "| gates | 25.0 % | 90.00 (1) | 0.001 |  |",
+        "| gates, tie none | 25.0 % | 80.00 (1) | 0.001 |  |",
     ]
 
 

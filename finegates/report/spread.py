@@ -139,5 +139,5 @@ def _spread(rate: float, lines: Sequence[Line]) -> Spread:
 
 
 def _text(spread: Spread) -> str:
-    deviation = f" ± {spread.deviation:.1f}" if len(spread.scores) > 1 else ""
-    return f"{spread.mean:.1f}{deviation} ({len(spread.scores)})"
+    deviation = f" ± {spread.deviation:.2f}" if len(spread.scores) > 1 else ""
+    return f"{spread.mean:.2f}{deviation} ({len(spread.scores)})"
