@@ -50,6 +50,7 @@ ARCH_SOURCES = {
     "arm64": ["kernel_neon.cpp"],
 }
 COMMON = [
+    "decoder.cpp",
     "encoder_layer.cpp",
     "isa.cpp",
     "kernel_generic.cpp",

@@ -45,6 +45,9 @@ struct Avx512 {
   static F set(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F load(const uint16_t* p) { return load16(p, kChunk); }
+  static void store(uint16_t* p, F x) { store16(p, x, kChunk); }
+  static float sum(F x) { return _mm512_reduce_add_ps(x); }
   static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }

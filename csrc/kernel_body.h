@@ -368,6 +368,7 @@ void gather_any(const Call& call, int64_t first_row, int64_t rows, uint8_t* a) {
 }  // namespace
 }  // namespace finegates
 
+#include "kernel_attention.h"
 #include "kernel_encoder.h"
 
 namespace finegates {
@@ -376,12 +377,16 @@ namespace {
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           Vec::kHasDot,
+          Vec::kLanes,
           {Vec::tile_rows(Kind::kF32), Vec::tile_rows(Kind::kWide), Vec::tile_rows(Kind::kDot),
            Vec::tile_rows(Kind::kI8), Vec::tile_rows(Kind::kI8Dot)},
           gather_any,
           multiply_any,
           self_attention_any,
-          layer_norm_any};
+          layer_norm_any,
+          rms_norm_any,
+          append_any,
+          attend_any};
 }
 
 }  // namespace

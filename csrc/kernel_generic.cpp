@@ -22,6 +22,11 @@ struct Vec : ScalarChunks {
   static F set(float x) { return F{x, x, x, x}; }
   static F load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
   static void store(float* p, F x) { *reinterpret_cast<Loose*>(p) = x; }
+  static F load(const uint16_t* p) { return F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static void store(uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) narrow(x[i], p + i);
+  }
+  static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static F broadcast(const float* p) { return set(*p); }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }

@@ -23,6 +23,13 @@ struct Vec : ScalarChunks {
   static F set(float x) { return vdupq_n_f32(x); }
   static F load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, F x) { vst1q_f32(p, x); }
+  static F load(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static void store(uint16_t* p, F x) {
+    float lanes[kLanes];
+    vst1q_f32(lanes, x);
+    for (int i = 0; i < kLanes; ++i) narrow(lanes[i], p + i);
+  }
+  static float sum(F x) { return vaddvq_f32(x); }
   static F broadcast(const float* p) { return vld1q_dup_f32(p); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }

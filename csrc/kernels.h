@@ -99,9 +99,45 @@ struct LayerNorm {
 
 constexpr int64_t norm_floats(int64_t features) { return 3 * (features + kPanel + kChunk); }
 
+// Attention of new tokens over a cache that holds `past` earlier ones. Tensors are of one type;
+// strides are in elements.
+struct Attention {
+  Type type;
+  int64_t batch, queries, heads, groups, head_dim, past, capacity;
+  const uint8_t *q, *k, *v;  // [batch, queries, heads or groups, head_dim]
+  uint8_t* y;                // like q
+  uint8_t *keys, *values;    // [batch, groups, capacity, head_dim]
+  const uint8_t *cos, *sin;  // [positions, head_dim]; q and k turn by halves of the head
+  const int64_t* positions;  // [batch, queries]
+  const uint8_t* mask;       // null, or a byte for each key, 0 where it is hidden
+  int64_t mask_batch_stride, mask_query_stride;
+  bool causal;  // token i sees no key after past + i
+  float scale;
+  uint8_t* panels;  // null, or room for panel_bytes() of each batch entry and group
+
+  int64_t tokens() const { return past + queries; }
+  int64_t repeats() const { return heads / groups; }
+  // A head's dimension and the number of tokens, rounded up to whole panels, in fp32.
+  int64_t panel_bytes() const {
+    const int64_t wide = (head_dim + kPanel - 1) / kPanel * kPanel;
+    const int64_t long_ = (tokens() + kPanel - 1) / kPanel * kPanel;
+    return 2 * wide * long_ * static_cast<int64_t>(sizeof(float));
+  }
+};
+
+// Keys whose scores wait together: one K block of fp32.
+constexpr int64_t kKeyBlock = kUnits;
+constexpr int64_t kMaxHead = 256;
+
+// Of one attend(): queries, scores, results and two statistics of each row.
+constexpr int64_t attention_scratch_bytes(int64_t rows) {
+  return rows * (2 * kKeyBlock + kMaxHead + 2 * kChunk) * static_cast<int64_t>(sizeof(float));
+}
+
 struct Kernels {
   const char* name;
   bool has_dot;
+  int lanes;              // floats of one register
   int tile_rows[kKinds];  // most rows of one tile
   // Gathers the kept columns of `rows` rows: K block b of row r goes to
   // a + b * block_bytes(kind, rows) + r * row_stride(kind).
@@ -115,6 +151,15 @@ struct Kernels {
                          float* scratch);
   // LayerNorm of some rows; `scratch` holds norm_floats(features).
   void (*layer_norm)(const LayerNorm& norm, int64_t first_row, int64_t rows, float* scratch);
+  // y = weight * x / sqrt(mean(x^2) + eps), n elements of `type`.
+  void (*rms_norm)(Type type, const void* x, const void* weight, int64_t n, float eps, void* y);
+  // Turns the new keys of one batch entry and group, writes them and the values into the cache, and
+  // packs the cache into panels if there is room for them.
+  void (*append)(const Attention& call, int64_t batch, int64_t group);
+  // y of `queries` tokens from `first`, all heads of the group: from the panels, or, for few rows,
+  // from the cache itself.
+  void (*attend)(const Attention& call, int64_t batch, int64_t group, int64_t first,
+                 int64_t queries, uint8_t* scratch);
 };
 
 constexpr int kMaxGroup = 4;  // most panels one tile covers

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "decoder.h"
 #include "encoder_layer.h"
 #include "isa.h"
 #include "layout.h"
@@ -185,6 +186,41 @@ void encoder_layer(const std::array<uintptr_t, 12>& packed, const std::array<uin
   finegates::encoder_layer(args);
 }
 
+// layers: a table of DecoderLayer. cache: addresses of keys and values of each layer. sizes: batch,
+// queries, heads, groups, head_dim. mask_sizes: tokens, strides of batch entries and of queries.
+void decoder(uintptr_t layers, int64_t count, const std::vector<uintptr_t>& cache,
+             uintptr_t end_norm, uintptr_t x, uintptr_t y, int64_t hidden, float eps,
+             int activation, int type, const std::array<int64_t, 5>& sizes, int64_t past,
+             int64_t capacity, uintptr_t cos, uintptr_t sin, int64_t rope_positions,
+             uintptr_t positions, uintptr_t mask, const std::array<int64_t, 3>& mask_sizes,
+             bool causal, float scale) {
+  if (static_cast<int64_t>(cache.size()) != 2 * count) {
+    throw std::invalid_argument("two addresses for each layer");
+  }
+  finegates::Attention attention = {};
+  attention.type = type_of(type);
+  attention.batch = sizes[0];
+  attention.queries = sizes[1];
+  attention.heads = sizes[2];
+  attention.groups = sizes[3];
+  attention.head_dim = sizes[4];
+  attention.past = past;
+  attention.capacity = capacity;
+  attention.cos = reinterpret_cast<const uint8_t*>(cos);
+  attention.sin = reinterpret_cast<const uint8_t*>(sin);
+  attention.positions = reinterpret_cast<const int64_t*>(positions);
+  attention.mask = reinterpret_cast<const uint8_t*>(mask);
+  attention.mask_batch_stride = mask_sizes[1];
+  attention.mask_query_stride = mask_sizes[2];
+  attention.causal = causal;
+  attention.scale = scale;
+  finegates::decoder({reinterpret_cast<const finegates::DecoderLayer*>(layers), count,
+                      reinterpret_cast<void* const*>(cache.data()),
+                      reinterpret_cast<const void*>(end_norm), reinterpret_cast<const void*>(x),
+                      reinterpret_cast<void*>(y), hidden, eps, activation_of(activation),
+                      rope_positions, mask_sizes[0], attention});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -200,6 +236,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("pruned_linears", &pruned_linears, unlocked());
   m.def("pruned_glu", &pruned_glu, unlocked());
   m.def("encoder_layer", &encoder_layer, unlocked());
+  m.def("decoder", &decoder, unlocked());
   m.def(
       "probe_flops",
       [](bool dot) {

@@ -30,4 +30,11 @@ void parallel(int threads, const Body& body) {
   body();
 }
 
+// Where each thread of the enclosing parallel() waits for the others.
+inline void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
 }  // namespace finegates

@@ -19,7 +19,6 @@ constexpr int64_t kGatherBytes = 384 * 1024;
 // and waiting, costs more than it brings: 8 us of work.
 constexpr int64_t kSerialWork = 60000;
 constexpr int64_t kTasksPerThread = 4;
-constexpr int kMaxLayers = 8;
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -45,21 +44,7 @@ void check(const LinearArgs& args, const Packed& layer) {
   }
 }
 
-// One layer of a call and how it is cut: blocks of rows, each gathered once, times groups of
-// panels.
-struct Job {
-  Call call;
-  int gather;  // the first job whose gathered rows serve this one too
-  int64_t m;
-  int64_t tiles;  // of rows, over all blocks
-  int64_t blocks;
-  int64_t rows;  // of the largest block
-  int64_t groups;
-  int64_t group_panels;
-  int64_t first_task;
-
-  int64_t first_row(int64_t block) const { return m * (tiles * block / blocks) / tiles; }
-};
+using Job = LinearTasks::Job;
 
 int64_t work_of(const Job& job) {
   const Packed& layer = job.call.layer;
@@ -125,58 +110,69 @@ void run_task(const Job& job, int64_t task, bool gathered_already, const Kernels
 
 }  // namespace
 
-void pruned_linears(const LinearArgs* args, int count) {
+LinearTasks::LinearTasks(const LinearArgs* args, int count) : count_(count) {
   if (count < 0 || count > kMaxLayers) throw std::invalid_argument("1 to 8 layers in one call");
   const Kernels& isa = kernels();
-  Job jobs[kMaxLayers];
-  int64_t work = 0;
   for (int i = 0; i < count; ++i) {
-    jobs[i] = make_job(args[i], isa);
-    work += work_of(jobs[i]);
-  }
-  const int most_threads = work < kSerialWork ? 1 : max_threads();
-  int64_t tasks = 0;
-  size_t gathered_bytes = 0, result_bytes = 0;
-  for (int i = 0; i < count; ++i) {
-    Job& job = jobs[i];
-    job.first_task = tasks;
-    if (job.m == 0 || job.call.layer.out_features == 0) continue;
-    cut(job, most_threads, isa);
-    tasks += job.blocks * job.groups;
-    const Packed& layer = job.call.layer;
+    Job& job = jobs_[i];
+    job = make_job(args[i], isa);
+    work_ += work_of(job);
     job.gather = 0;
     while (!(args[job.gather].x == args[i].x && args[job.gather].m == args[i].m &&
              args[job.gather].x_stride == args[i].x_stride &&
              args[job.gather].type == args[i].type &&
-             same_columns(jobs[job.gather].call.layer, layer))) {
+             same_columns(jobs_[job.gather].call.layer, job.call.layer))) {
       ++job.gather;
     }
-    gathered_bytes = std::max<size_t>(gathered_bytes,
-                                      layer.column_blocks * block_bytes(job.call.kind, job.rows));
-    result_bytes = std::max<size_t>(
-        result_bytes, result_floats(job.rows) * (job.call.pair ? 2 : 1) * sizeof(float));
   }
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
+}
+
+int LinearTasks::threads() const { return work_ < kSerialWork ? 1 : max_threads(); }
+
+void LinearTasks::cut(int threads) {
+  const Kernels& isa = kernels();
+  tasks_ = 0;
+  for (int i = 0; i < count_; ++i) {
+    Job& job = jobs_[i];
+    job.first_task = tasks_;
+    if (job.m == 0 || job.call.layer.out_features == 0) continue;
+    finegates::cut(job, threads, isa);
+    tasks_ += job.blocks * job.groups;
+    gathered_bytes_ = std::max<size_t>(
+        gathered_bytes_, job.call.layer.column_blocks * block_bytes(job.call.kind, job.rows));
+    result_bytes_ = std::max<size_t>(
+        result_bytes_, result_floats(job.rows) * (job.call.pair ? 2 : 1) * sizeof(float));
+  }
+}
+
+void LinearTasks::run(uint8_t* scratch) {
+  const Kernels& isa = kernels();
+  float* const results = reinterpret_cast<float*>(scratch + gathered_bytes_);
+  int64_t ready_gather = -1, ready_block = -1;
+  int at = 0;
+  for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) {
+    while (at + 1 < count_ && task >= jobs_[at + 1].first_task) ++at;
+    const Job& job = jobs_[at];
+    const int64_t own = task - job.first_task, block = own / job.groups;
+    const bool ready = ready_gather == job.gather && ready_block == block;
+    run_task(job, own, ready, isa, scratch, results);
+    ready_gather = job.gather;
+    ready_block = block;
+  }
+}
+
+void pruned_linears(const LinearArgs* args, int count) {
+  LinearTasks tasks(args, count);
+  const int threads = tasks.threads();
+  tasks.cut(threads);
+  if (tasks.count() == 0) return;
   std::atomic<bool> out_of_memory{false};
-  // Tasks are taken one by one: a thread that the machine slows down takes fewer.
-  parallel(static_cast<int>(std::min<int64_t>(most_threads, tasks)), [&] {
-    uint8_t* gathered = thread_scratch(gathered_bytes + result_bytes);
-    if (gathered == nullptr) {
+  parallel(static_cast<int>(std::min<int64_t>(threads, tasks.count())), [&] {
+    uint8_t* const scratch = thread_scratch(tasks.scratch_bytes());
+    if (scratch == nullptr) {
       out_of_memory = true;
-      return;
-    }
-    float* results = reinterpret_cast<float*>(gathered + gathered_bytes);
-    int64_t ready_gather = -1, ready_block = -1;
-    int at = 0;
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-      while (at + 1 < count && task >= jobs[at + 1].first_task) ++at;
-      const Job& job = jobs[at];
-      const int64_t own = task - job.first_task, block = own / job.groups;
-      const bool ready = ready_gather == job.gather && ready_block == block;
-      run_task(job, own, ready, isa, gathered, results);
-      ready_gather = job.gather;
-      ready_block = block;
+    } else {
+      tasks.run(scratch);
     }
   });
   if (out_of_memory) throw std::bad_alloc();

@@ -2,6 +2,8 @@
 // layers with the same kept rows and columns, act(gate(x)) * up(x) scattered.
 #pragma once
 
+#include <atomic>
+
 #include "kernels.h"
 
 namespace finegates {
@@ -29,5 +31,46 @@ void pruned_linear(const LinearArgs& args);
 // Several layers of the same x at once: one parallel region, and one gather for layers that keep
 // the same columns.
 void pruned_linears(const LinearArgs* args, int count);
+
+// The same for threads that already run: each of them calls run(), which returns when no task is
+// left. Construction throws as above; nothing after it does.
+class LinearTasks {
+ public:
+  static constexpr int kMaxLayers = 8;
+
+  // One layer of a call and how it is cut: blocks of rows, each gathered once, times groups of
+  // panels.
+  struct Job {
+    Call call;
+    int gather;  // the first job whose gathered rows serve this one too
+    int64_t m;
+    int64_t tiles;  // of rows, over all blocks
+    int64_t blocks;
+    int64_t rows;  // of the largest block
+    int64_t groups;
+    int64_t group_panels;
+    int64_t first_task;
+
+    int64_t first_row(int64_t block) const { return m * (tiles * block / blocks) / tiles; }
+  };
+
+  LinearTasks(const LinearArgs* args, int count);
+
+  // How many threads the work is worth.
+  int threads() const;
+  // Once, before run(): cuts the work for this many threads.
+  void cut(int threads);
+  int64_t count() const { return tasks_; }
+  size_t scratch_bytes() const { return gathered_bytes_ + result_bytes_; }
+  void run(uint8_t* scratch);
+
+ private:
+  Job jobs_[kMaxLayers];
+  int count_;
+  int64_t work_ = 0;
+  int64_t tasks_ = 0;
+  size_t gathered_bytes_ = 0, result_bytes_ = 0;
+  std::atomic<int64_t> next_{0};  // tasks are taken one by one: a slow thread takes fewer
+};
 
 }  // namespace finegates

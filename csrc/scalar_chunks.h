@@ -1,5 +1,7 @@
 // Gather and scatter of chunks without vector instructions, for the ISA files that have nothing
 // better. Under the rules of kernel_body.h.
+#pragma once
+
 #include "layout.h"
 
 namespace finegates {

@@ -17,6 +17,7 @@ from .checks import (
     transformed,
     wants_gradient,
 )
+from .decoder import decoder
 from .dispatch import check_differentiable, table, use_backend
 from .encoder import encoder_layer
 from .packed import pack, packed_glu, packed_linear, packed_linears, unpack
@@ -24,6 +25,7 @@ from .sampled import gated_matmul, norm_gather, open_mass
 
 __all__ = [
     "INTERPRETED",
+    "decoder",
     "encoder_layer",
     "gated_linear",
     "gated_matmul",

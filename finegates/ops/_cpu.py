@@ -26,6 +26,7 @@ from .reference import Operands
 _C: Any = _native._C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+MOST_HEAD = 256  # features of a head of the decoder, as in csrc/kernels.h
 MOST_LAYERS = 8  # of one `pruned_linears` call, as in csrc/pruned_linear.cpp
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = {**_TYPES, torch.int8: 2}
@@ -417,6 +418,135 @@ def encoder_layer(
         mask_type,
         mask_address,
         strides,
+    )
+    return y
+
+
+class DecoderLayers:
+    """The packed Linears and norms of a stack of Llama layers, and their addresses in one table.
+
+    Args:
+        packed: query, key, value, output, gate, up and down of each layer, from :func:`prepare`.
+        norms: attention's and the MLP's [hidden] of each layer, and one at the end.
+
+    Raises:
+        ValueError: gate and up of a layer don't keep the same rows and columns.
+    """
+
+    def __init__(self, packed: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
+        # Aliases: the addresses stay good whatever happens to the modules.
+        self.packed = [_aligned(p.detach()) for p in packed]
+        self.norms = [norm.detach().contiguous() for norm in norms]
+        self.hidden, self.dtype = len(self.norms[0]), self.norms[0].dtype
+        self.count = len(self.packed) // 7
+        for norm in self.norms:
+            if norm.shape != (self.hidden,) or norm.dtype != self.dtype or not norm.is_cpu:
+                raise ValueError(
+                    f"norms must be {self.dtype} [{self.hidden}], "
+                    f"got {norm.dtype} {list(norm.shape)} on {norm.device}"
+                )
+        rows = []
+        for i in range(self.count):
+            layer = self.packed[7 * i : 7 * i + 7]
+            inner = describe(layer[4])
+            pruned_glu(self.norms[0].new_empty(0, inner.in_features), layer[4], layer[5],
+                       inner.out_features)  # fmt: skip
+            norm_pair = self.norms[2 * i : 2 * i + 2]
+            rows.append(
+                [p.data_ptr() for p in layer]
+                + [p.numel() for p in layer]
+                + [norm.data_ptr() for norm in norm_pair]
+            )
+        self.table = torch.tensor(rows, dtype=torch.int64)
+
+    def __reduce__(self) -> tuple[type[DecoderLayers], tuple[list[Tensor], list[Tensor]]]:
+        return DecoderLayers, (self.packed, self.norms)
+
+
+def decoder(
+    x: Tensor,
+    layers: DecoderLayers,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    past: int,
+    mask: Tensor | None,
+    eps: float,
+    scale: float,
+    activation: str,
+) -> Tensor:
+    """Run a stack of Llama layers, see :func:`finegates.ops.decoder.decoder`.
+
+    Raises:
+        ValueError: an argument does not fit; TypeError: x is not a float CPU tensor.
+    """
+    kind = _TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu:
+        raise TypeError(f"x must be a float32 or bfloat16 CPU tensor, got {x.dtype} on {x.device}")
+    if x.dim() != 3 or x.shape[2] != layers.hidden or x.dtype != layers.dtype:
+        raise ValueError(
+            f"x must be {layers.dtype} [B, S, {layers.hidden}], got {x.dtype} {list(x.shape)}"
+        )
+    batch, queries, hidden = x.shape
+    _, groups, capacity, head = shape = keys[0].shape
+    if any(t.shape != shape or t.dtype != x.dtype or not t.is_contiguous()
+           for side in (keys, values) for t in side) or shape[0] != batch:  # fmt: skip
+        raise ValueError(
+            f"keys and values must be contiguous {x.dtype} [{batch}, G, C, D] of one shape, "
+            f"got {keys[0].dtype} {list(shape)} first"
+        )
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape[1] != head or table.dtype != x.dtype:
+            raise ValueError(
+                f"{name} must be {x.dtype} [P, {head}], got {table.dtype} {list(table.shape)}"
+            )
+    if sin.shape != cos.shape or positions.shape != (batch, queries):
+        raise ValueError(
+            f"positions must be [{batch}, {queries}] and sin like cos, "
+            f"got {list(positions.shape)} and {list(sin.shape)}"
+        )
+    mask_tokens = mask_batch = mask_query = 0
+    if mask is not None:
+        wanted = (batch,) if mask.dim() == 2 else (batch, queries)
+        if mask.dtype != torch.bool or mask.dim() > 3 or mask.shape[:-1] != wanted:
+            raise ValueError(
+                f"mask must be bool [{batch}, T] or [{batch}, {queries}, T], "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        if mask.stride(-1) != 1:
+            mask = mask.contiguous()
+        mask_tokens, mask_batch = mask.shape[-1], mask.stride(0)
+        mask_query = mask.stride(1) if mask.dim() == 3 else 0
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    positions = positions.to(torch.int64).contiguous()
+    y = torch.empty_like(x)
+    if y.numel() == 0:
+        return y
+    torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
+    _C.decoder(
+        layers.table.data_ptr(),
+        layers.count,
+        [t.data_ptr() for pair in zip(keys, values, strict=True) for t in pair],
+        layers.norms[-1].data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        hidden,
+        eps,
+        ACTIVATIONS[activation],
+        kind,
+        (batch, queries, describe(layers.packed[0]).out_features // head, groups, head),
+        past,
+        capacity,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[0],
+        positions.data_ptr(),
+        _pointer(mask),
+        (mask_tokens, mask_batch, mask_query),
+        mask is None or mask.dim() == 2,
+        scale,
     )
     return y
 

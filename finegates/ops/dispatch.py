@@ -120,6 +120,20 @@ def encoder_layer_torch(x: Tensor, packed: Sequence[Tensor], *args: Any) -> Tens
     return reference.encoder_layer(x, [_cpu.unpack(p) for p in packed], inner, *args)
 
 
+def _decoder_why_not(x: Tensor, *_: object) -> str | None:
+    reason = _cpu.why_not(x)
+    return "x is float16" if reason is None and x.dtype == torch.float16 else reason
+
+
+def _decoder_native(x: Tensor, packed: list[Tensor], norms: list[Tensor], *args: Any) -> Tensor:
+    return _cpu.decoder(x, _cpu.DecoderLayers(packed, norms), *args)
+
+
+def _decoder_torch(x: Tensor, packed: list[Tensor], *args: Any) -> Tensor:
+    layers = [(_cpu.unpack(p), _cpu.describe(p).out_features) for p in packed]
+    return reference.decoder(x, layers, *args)
+
+
 def _packed_row(
     native: Callable[..., Any],
     unpacked: Callable[..., Any],
@@ -149,6 +163,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "packed_linears": _packed_row(_cpu.pruned_linears, _packed_linears_torch),
     "packed_glu": _packed_row(_cpu.pruned_glu, _packed_glu_torch),
     "encoder_layer": _packed_row(_cpu.encoder_layer, encoder_layer_torch, _encoder_layer_why_not),
+    "decoder": _packed_row(_decoder_native, _decoder_torch, _decoder_why_not),
     "gated_linear": (
         _triton_entry(_triton_gated.why_not, _triton_gated.gated_linear),
         _torch(reference.gated_linear),

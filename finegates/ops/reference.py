@@ -271,6 +271,68 @@ def encoder_layer(
     return F.layer_norm(y, (features,), norms[2], norms[3], eps[1])
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight ⊙ x / sqrt(mean(x²) + eps), the mean in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def decoder(
+    x: Tensor,
+    layers: Sequence[tuple[Operands, int]],
+    norms: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    past: int,
+    mask: Tensor | None,
+    eps: float,
+    scale: float,
+    activation: str,
+) -> Tensor:
+    """A stack of Llama layers, see `finegates.ops.decoder.decoder`; keys and values are written.
+
+    Args:
+        layers: query, key, value, output, gate, up and down of each block, with their out_features.
+    """
+    batch, queries, _ = x.shape
+    tokens, head = past + queries, cos.shape[-1]
+    seen = torch.ones(queries, tokens, dtype=torch.bool, device=x.device).tril(past)[None]
+    if mask is not None:
+        mask = mask[..., :tokens]
+        seen = mask if mask.dim() == 3 else seen & mask[:, None]
+    hidden = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[:, None]
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+
+    def heads(y: Tensor) -> Tensor:
+        return y.view(batch, queries, -1, head).transpose(1, 2)
+
+    def turn(y: Tensor) -> Tensor:
+        low, high = y.chunk(2, dim=-1)
+        return y * cos + torch.cat((-high, low), dim=-1) * sin
+
+    for i in range(len(keys)):
+        (q, n_q), (k, n_k), (v, n_v), (o, n_o), (gate, n_inner), (up, _), (down, n_d) = layers[
+            7 * i : 7 * i + 7
+        ]
+        normed = rms_norm(x, norms[2 * i], eps)
+        query = turn(heads(packed_linear(normed, q, n_q)))
+        keys[i][:, :, past:tokens] = turn(heads(packed_linear(normed, k, n_k)))
+        values[i][:, :, past:tokens] = heads(packed_linear(normed, v, n_v))
+        repeats = query.shape[1] // keys[i].shape[1]
+        all_keys = keys[i][:, :, :tokens].repeat_interleave(repeats, 1)
+        all_values = values[i][:, :, :tokens].repeat_interleave(repeats, 1)
+        scores = query @ all_keys.mT * scale + hidden
+        shares = scores.to(torch.promote_types(x.dtype, torch.float32)).softmax(-1).nan_to_num(0.0)
+        attended = (shares.to(x.dtype) @ all_values).transpose(1, 2).reshape(batch, queries, -1)
+        x = packed_linear(attended, o, n_o, residual=x)
+        inner = packed_glu(rms_norm(x, norms[2 * i + 1], eps), gate, up, n_inner, activation)
+        x = packed_linear(inner, down, n_d, residual=x)
+    return rms_norm(x, norms[-1], eps)
+
+
 def gate(
     logits: Tensor,
     seed: Tensor | None,

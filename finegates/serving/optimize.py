@@ -21,6 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 _FAMILIES = {
     "transformers.models.bert.modeling_bert": ".bert",
     "transformers.models.roberta.modeling_roberta": ".bert",
+    "transformers.models.llama.modeling_llama": ".llama",
+    "transformers.models.mistral.modeling_mistral": ".llama",
+    "transformers.models.qwen2.modeling_qwen2": ".llama",
 }
 _FROZEN = "_frozen_by_optimize_for_cpu"
 
