@@ -190,13 +190,16 @@ def test_cropped_reordered_and_copied_caches() -> None:
             model(ids, past_key_values=cache)
             branch = copy.deepcopy(cache)
             first = model(ids[:, :1], past_key_values=branch).logits
-            cache.crop(-4)
+            cache.crop(-3)
+            cache.crop(-1)
             cache.reorder_cache(torch.tensor([1, 0]))
             second = model(ids[:, :2], past_key_values=cache).logits
             cache.batch_repeat_interleave(2)
             third = model(ids[:, :1].repeat(2, 1), past_key_values=cache).logits
             again = model(ids[:, :1], past_key_values=copy.deepcopy(branch)).logits
         assert all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+        with pytest.raises(ValueError, match="positive value"):
+            cache.layers[0].crop(2)
         results.append((first, second, third, again))
     torch.testing.assert_close(*results)
 

@@ -44,7 +44,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values [B, G, T, D] as views of buffers with room for more tokens.
 
     To transformers it is a `DynamicLayer`: reading ``keys`` gives the T cached tokens. Assigning,
-    as cropping and reordering do, starts from the assigned tensor, copied before it grows.
+    as reordering does, starts from the assigned tensor, copied before it grows; cropping gives the
+    room back without a copy, so that tokens read before are written over.
 
     Args:
         layer: the layer to take the place of; its tokens are kept.
@@ -104,6 +105,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             buffer[:, :, start : start + new] = states
         self.advance(new)
         return buffers[0][:, :, : start + new], buffers[1][:, :, : start + new]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -``tokens_to_remove`` tokens."""
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)  # its error
+        self.advance(max(tokens_to_remove, -self.get_seq_length()))
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens."""
