@@ -147,8 +147,15 @@ def check(case: Case) -> None:
 def interleave(
     candidates: dict[str, Callable[[], object]], seconds: float, rounds: int = 61
 ) -> dict[str, list[float]]:
-    """Time all candidates in turn by the suite's clock; a sample lasts 100 microseconds or more."""
-    return timing.interleave(candidates, seconds, max_rounds=rounds, sample=100e-6, clock=clock)
+    """Time all candidates in turn by the suite's clock; a sample lasts 100 microseconds or more.
+
+    With several threads each waits for the last one's to sleep: every runtime has a pool of its
+    own, which spins for a while on cores that the next one needs.
+    """
+    settle = 3e-3 if torch.get_num_threads() > 1 else 0.0
+    return timing.interleave(
+        candidates, seconds, max_rounds=rounds, sample=100e-6, settle=settle, clock=clock
+    )
 
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:

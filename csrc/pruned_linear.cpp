@@ -19,6 +19,10 @@ constexpr int64_t kGatherBytes = 384 * 1024;
 // and waiting, costs more than it brings: 8 us of work.
 constexpr int64_t kSerialWork = 60000;
 constexpr int64_t kTasksPerThread = 4;
+// Threads split the rows of x, so that each gathers only its own, where there are enough tiles to
+// split evenly and so few panels that gathering all rows on each thread would be seen.
+constexpr int64_t kTilesToSplit = 4;
+constexpr int64_t kPanelsToShare = 32;
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -46,10 +50,10 @@ void check(const LinearArgs& args, const Packed& layer) {
 
 using Job = LinearTasks::Job;
 
-int64_t work_of(const Job& job) {
+int64_t work_of(const Job& job, int64_t m) {
   const Packed& layer = job.call.layer;
   const int64_t units = divide_up(layer.columns, unit_length(layer.type));
-  return layer.row_blocks * 2 * units * std::max<int64_t>(job.m, 4) * (job.call.pair ? 2 : 1);
+  return layer.row_blocks * 2 * units * std::max<int64_t>(m, 4) * (job.call.pair ? 2 : 1);
 }
 
 Job make_job(const LinearArgs& args, const Kernels& isa) {
@@ -76,36 +80,8 @@ Job make_job(const LinearArgs& args, const Kernels& isa) {
   call.residual = static_cast<const uint8_t*>(args.residual);
   call.x_stride = args.x_stride * element;
   call.y_stride = args.out_features * element;
-  job.m = args.m;
+  job.panels = call.layer.out_features == 0 || args.m == 0 ? 0 : call.layer.row_blocks;
   return job;
-}
-
-// Cuts the rows, then the panels: enough tasks that a slow thread may take fewer.
-void cut(Job& job, int threads, const Kernels& isa) {
-  const Packed& layer = job.call.layer;
-  const int64_t tile_rows = isa.tile_rows[static_cast<int>(job.call.kind)];
-  const int64_t most = kGatherBytes / row_stride(job.call.kind) / tile_rows;
-  job.tiles = divide_up(job.m, tile_rows);
-  job.blocks = divide_up(job.tiles, most);
-  job.rows = divide_up(job.tiles, job.blocks) * tile_rows;
-  job.group_panels = layer.row_blocks;
-  if (threads > 1) {
-    const int64_t wanted = divide_up(threads * kTasksPerThread, job.blocks);
-    job.group_panels = divide_up(layer.row_blocks, std::min(wanted, layer.row_blocks));
-    job.group_panels = divide_up(job.group_panels, kMaxSpan) * kMaxSpan;
-  }
-  job.groups = divide_up(layer.row_blocks, job.group_panels);
-}
-
-void run_task(const Job& job, int64_t task, bool gathered_already, const Kernels& isa,
-              uint8_t* gathered, float* results) {
-  const int64_t block = task / job.groups;
-  const int64_t first_row = job.first_row(block);
-  const int64_t rows = job.first_row(block + 1) - first_row;
-  if (!gathered_already) isa.gather(job.call, first_row, rows, gathered);
-  const int64_t first_panel = task % job.groups * job.group_panels;
-  const int64_t last_panel = std::min(first_panel + job.group_panels, job.call.layer.row_blocks);
-  isa.multiply(job.call, first_row, rows, first_panel, last_panel, gathered, results);
 }
 
 }  // namespace
@@ -116,48 +92,86 @@ LinearTasks::LinearTasks(const LinearArgs* args, int count) : count_(count) {
   for (int i = 0; i < count; ++i) {
     Job& job = jobs_[i];
     job = make_job(args[i], isa);
-    work_ += work_of(job);
-    job.gather = 0;
-    while (!(args[job.gather].x == args[i].x && args[job.gather].m == args[i].m &&
-             args[job.gather].x_stride == args[i].x_stride &&
-             args[job.gather].type == args[i].type &&
-             same_columns(jobs_[job.gather].call.layer, job.call.layer))) {
-      ++job.gather;
+    if (args[i].x != args[0].x || args[i].m != args[0].m || args[i].x_stride != args[0].x_stride ||
+        args[i].type != args[0].type) {
+      throw std::invalid_argument("the layers of one call must read the same x");
     }
+    work_ += work_of(job, args[i].m);
+    job.first_panel = panels_;
+    panels_ += job.panels;
+    job.gather = 0;
+    while (!same_columns(jobs_[job.gather].call.layer, job.call.layer)) ++job.gather;
   }
+  if (count > 0) blocks_.m = args[0].m;
 }
 
 int LinearTasks::threads() const { return work_ < kSerialWork ? 1 : max_threads(); }
 
 void LinearTasks::cut(int threads) {
+  if (panels_ == 0) return;
   const Kernels& isa = kernels();
-  tasks_ = 0;
+  int64_t tile_rows = 1, most_rows = kGatherBytes;
   for (int i = 0; i < count_; ++i) {
-    Job& job = jobs_[i];
-    job.first_task = tasks_;
-    if (job.m == 0 || job.call.layer.out_features == 0) continue;
-    finegates::cut(job, threads, isa);
-    tasks_ += job.blocks * job.groups;
-    gathered_bytes_ = std::max<size_t>(
-        gathered_bytes_, job.call.layer.column_blocks * block_bytes(job.call.kind, job.rows));
-    result_bytes_ = std::max<size_t>(
-        result_bytes_, result_floats(job.rows) * (job.call.pair ? 2 : 1) * sizeof(float));
+    const Kind kind = jobs_[i].call.kind;
+    tile_rows = std::max<int64_t>(tile_rows, isa.tile_rows[static_cast<int>(kind)]);
+    most_rows = std::min<int64_t>(most_rows, kGatherBytes / row_stride(kind));
   }
+  Blocks& b = blocks_;
+  b.tiles = divide_up(b.m, tile_rows);
+  b.count = divide_up(b.tiles, most_rows / tile_rows);
+  if (b.tiles >= threads * kTilesToSplit && panels_ < threads * kPanelsToShare) {
+    b.count = divide_up(b.count, threads) * threads;
+  }
+  b.rows = divide_up(b.tiles, b.count) * tile_rows;
+  for (int i = 0; i < count_; ++i) {
+    const Call& call = jobs_[i].call;
+    gathered_bytes_ = std::max<size_t>(gathered_bytes_,
+                                       call.layer.column_blocks * block_bytes(call.kind, b.rows));
+    result_bytes_ = std::max<size_t>(result_bytes_,
+                                     result_floats(b.rows) * (call.pair ? 2 : 1) * sizeof(float));
+  }
+  total_ = b.count * panels_;
+  const int64_t n = std::min<int64_t>({threads, total_, kMaxShares});
+  for (int64_t i = 0; i < n; ++i) {
+    shares_[i].next = total_ * i / n;
+    shares_[i].end = total_ * (i + 1) / n;
+  }
+  shares_count_ = n;
+  step_ = n == 1 ? total_
+                 : divide_up(divide_up(total_, threads * kTasksPerThread), kMaxSpan) * kMaxSpan;
 }
 
 void LinearTasks::run(uint8_t* scratch) {
+  if (total_ == 0) return;
+  Worker worker{scratch, reinterpret_cast<float*>(scratch + gathered_bytes_)};
+  const int64_t own = arrived_.fetch_add(1);
+  for (int64_t i = 0; i < shares_count_; ++i) {
+    Share& share = shares_[(own + i) % shares_count_];
+    for (int64_t first; (first = share.next.fetch_add(step_)) < share.end;) {
+      multiply(first, std::min(first + step_, share.end), worker);
+    }
+  }
+}
+
+// Panels first to last (exclusive), counted through all blocks and jobs.
+void LinearTasks::multiply(int64_t first, int64_t last, Worker& worker) const {
   const Kernels& isa = kernels();
-  float* const results = reinterpret_cast<float*>(scratch + gathered_bytes_);
-  int64_t ready_gather = -1, ready_block = -1;
-  int at = 0;
-  for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) {
-    while (at + 1 < count_ && task >= jobs_[at + 1].first_task) ++at;
+  while (first < last) {
+    const int64_t block = first / panels_, panel = first % panels_;
+    int at = count_ - 1;
+    while (panel < jobs_[at].first_panel) --at;
     const Job& job = jobs_[at];
-    const int64_t own = task - job.first_task, block = own / job.groups;
-    const bool ready = ready_gather == job.gather && ready_block == block;
-    run_task(job, own, ready, isa, scratch, results);
-    ready_gather = job.gather;
-    ready_block = block;
+    const int64_t first_row = blocks_.first_row(block);
+    const int64_t rows = blocks_.first_row(block + 1) - first_row;
+    if (worker.job != job.gather || worker.block != block) {
+      isa.gather(job.call, first_row, rows, worker.gathered);
+      worker.job = job.gather;
+      worker.block = block;
+    }
+    const int64_t own = panel - job.first_panel;
+    const int64_t end = std::min(own + last - first, job.panels);
+    isa.multiply(job.call, first_row, rows, own, end, worker.gathered, worker.results);
+    first += end - own;
   }
 }
 

@@ -29,7 +29,7 @@ struct LinearArgs {
 void pruned_linear(const LinearArgs& args);
 
 // Several layers of the same x at once: one parallel region, and one gather for layers that keep
-// the same columns.
+// the same columns. Throws for layers that read different ones.
 void pruned_linears(const LinearArgs* args, int count);
 
 // The same for threads that already run: each of them calls run(), which returns when no task is
@@ -38,39 +38,65 @@ class LinearTasks {
  public:
   static constexpr int kMaxLayers = 8;
 
-  // One layer of a call and how it is cut: blocks of rows, each gathered once, times groups of
-  // panels.
+  // One layer of a call.
   struct Job {
     Call call;
-    int gather;  // the first job whose gathered rows serve this one too
+    int gather;           // the first job whose gathered rows serve this one too
+    int64_t panels;       // 0 if there is nothing to write
+    int64_t first_panel;  // of the panels of all jobs, counted through
+  };
+
+  // The rows of x in blocks, each gathered by the thread that works on it.
+  struct Blocks {
     int64_t m;
     int64_t tiles;  // of rows, over all blocks
-    int64_t blocks;
-    int64_t rows;  // of the largest block
-    int64_t groups;
-    int64_t group_panels;
-    int64_t first_task;
+    int64_t count;
+    int64_t rows;  // of the largest
 
-    int64_t first_row(int64_t block) const { return m * (tiles * block / blocks) / tiles; }
+    int64_t first_row(int64_t block) const { return m * (tiles * block / count) / tiles; }
   };
 
   LinearTasks(const LinearArgs* args, int count);
 
   // How many threads the work is worth.
   int threads() const;
-  // Once, before run(): cuts the work for this many threads.
+  // Once, before run(): shares the work out over this many threads.
   void cut(int threads);
-  int64_t count() const { return tasks_; }
+  int64_t count() const { return total_; }
   size_t scratch_bytes() const { return gathered_bytes_ + result_bytes_; }
   void run(uint8_t* scratch);
 
  private:
+  static constexpr int kMaxShares = 16;
+
+  // Panels of all blocks, counted through, that one thread begins with. The others help with what
+  // is left once theirs are done, so that a thread which the machine slows down does fewer.
+  struct alignas(kAlign) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  // What a thread has gathered last, and where it works.
+  struct Worker {
+    uint8_t* gathered;
+    float* results;
+    int job = -1;
+    int64_t block = -1;
+  };
+
+  void multiply(int64_t first, int64_t last, Worker& worker) const;
+
   Job jobs_[kMaxLayers];
   int count_;
   int64_t work_ = 0;
-  int64_t tasks_ = 0;
+  int64_t panels_ = 0;  // of all jobs, for one block of rows
+  int64_t total_ = 0;   // the same for all blocks
+  int64_t step_ = 1;    // panels taken at once
+  int64_t shares_count_ = 1;
+  Blocks blocks_{};
   size_t gathered_bytes_ = 0, result_bytes_ = 0;
-  std::atomic<int64_t> next_{0};  // tasks are taken one by one: a slow thread takes fewer
+  std::atomic<int64_t> arrived_{0};
+  Share shares_[kMaxShares];
 };
 
 }  // namespace finegates

@@ -153,7 +153,8 @@ def interleave(
         warmup: untimed runs of each call before.
         min_rounds, max_rounds: bounds that go before the budget.
         sample: seconds that one sample should last at least; short calls are repeated to fill it.
-        settle: seconds to sleep before each sample, so that other runtimes' threads stop spinning.
+        settle: seconds to sleep before each sample, so that other runtimes' threads stop spinning;
+            an untimed call then wakes its own.
         clock: seconds; `time.thread_time` sees less of other processes than the wall clock.
 
     Returns:
@@ -172,6 +173,7 @@ def interleave(
                 call, count = calls[name], repeats[name]
                 if settle:
                     time.sleep(settle)
+                    call()
                 begin = clock()
                 for _ in range(count):
                     call()
