@@ -23,8 +23,6 @@ constexpr int64_t kFewRows = 16;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 void check(const DecoderArgs& args) {
   const Attention& a = args.attention;
   for (const int64_t size : {args.count, args.hidden, a.batch, a.queries, a.heads, a.groups}) {

@@ -20,8 +20,6 @@ constexpr int64_t kGroupRows = 512;
 constexpr int64_t kNormRows = 16;  // of one task
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // What lies between the Linears, of the calling thread.
 thread_local Scratch between;
 

@@ -178,13 +178,9 @@ template <Kind K, int MR>
 constexpr Shapes shapes() {
   constexpr int kGroup = Vec::group(K, MR);
   constexpr int kVecs = Vec::vecs(MR);
-  return {kGroup,
-          kVecs,
-          tile < K,
-          MR,
-          kGroup,
-          kGroup == 1 ? kVecs : kPanelVecs >
-          , tile<K, MR, 1, kVecs>, tile<K, MR, 1, 1>};
+  constexpr int kGroupedVecs = kGroup == 1 ? kVecs : kPanelVecs;
+  return {kGroup, kVecs, tile<K, MR, kGroup, kGroupedVecs>, tile<K, MR, 1, kVecs>,
+          tile<K, MR, 1, 1>};
 }
 
 template <Kind K>

@@ -17,20 +17,20 @@ enum class Kind : int {
   kI8Dot = 4  // bf16 x, int8 weight widened to bf16: two dot products a unit
 };
 constexpr int kKinds = 5;
-constexpr bool is_dot(Kind kind) { return kind == Kind::kDot || kind == Kind::kI8Dot; }
+static constexpr bool is_dot(Kind kind) { return kind == Kind::kDot || kind == Kind::kI8Dot; }
 
 // Units of 4 bytes of x that meet one unit of the weight.
-constexpr int operand_units(Kind kind) {
+static constexpr int operand_units(Kind kind) {
   return kind == Kind::kI8 ? 4 : kind == Kind::kWide || kind == Kind::kI8Dot ? 2 : 1;
 }
 
 // Bytes of one gathered row in one K block.
-constexpr int row_stride(Kind kind) { return kUnits * 4 * operand_units(kind); }
+static constexpr int row_stride(Kind kind) { return kUnits * 4 * operand_units(kind); }
 
 constexpr int kGatherTail = 128;  // bytes a compressing store may write past its row
 
 // Bytes of one K block of `rows` gathered rows.
-constexpr int64_t block_bytes(Kind kind, int64_t rows) {
+static constexpr int64_t block_bytes(Kind kind, int64_t rows) {
   return rows * row_stride(kind) + kGatherTail;
 }
 
@@ -97,7 +97,7 @@ struct LayerNorm {
   float eps;
 };
 
-constexpr int64_t norm_floats(int64_t features) { return 3 * (features + kPanel + kChunk); }
+static constexpr int64_t norm_floats(int64_t features) { return 3 * (features + kPanel + kChunk); }
 
 // Attention of new tokens over a cache that holds `past` earlier ones. Tensors are of one type;
 // strides are in elements.
@@ -115,10 +115,11 @@ struct Attention {
   float scale;
   uint8_t* panels;  // null, or room for panel_bytes() of each batch entry and group
 
-  int64_t tokens() const { return past + queries; }
-  int64_t repeats() const { return heads / groups; }
+  // Always inline, for the reason that functions of layout.h are static.
+  __attribute__((always_inline)) int64_t tokens() const { return past + queries; }
+  __attribute__((always_inline)) int64_t repeats() const { return heads / groups; }
   // A head's dimension and the number of tokens, rounded up to whole panels, in fp32.
-  int64_t panel_bytes() const {
+  __attribute__((always_inline)) int64_t panel_bytes() const {
     const int64_t wide = (head_dim + kPanel - 1) / kPanel * kPanel;
     const int64_t long_ = (tokens() + kPanel - 1) / kPanel * kPanel;
     return 2 * wide * long_ * static_cast<int64_t>(sizeof(float));
@@ -130,7 +131,7 @@ constexpr int64_t kKeyBlock = kUnits;
 constexpr int64_t kMaxHead = 256;
 
 // Of one attend(): queries, scores, results and two statistics of each row.
-constexpr int64_t attention_scratch_bytes(int64_t rows) {
+static constexpr int64_t attention_scratch_bytes(int64_t rows) {
   return rows * (2 * kKeyBlock + kMaxHead + 2 * kChunk) * static_cast<int64_t>(sizeof(float));
 }
 
@@ -165,7 +166,7 @@ struct Kernels {
 constexpr int kMaxGroup = 4;  // most panels one tile covers
 constexpr int kMaxSpan = 4;   // most panels whose results wait together
 
-constexpr int64_t result_floats(int64_t rows) { return rows * kPanel * kMaxSpan + kChunk; }
+static constexpr int64_t result_floats(int64_t rows) { return rows * kPanel * kMaxSpan + kChunk; }
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -15,8 +16,6 @@ constexpr int64_t kMaxFeatures = int64_t{1} << 30;
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 void check_index(const char* name, bool given, const int32_t* index, int64_t kept, int64_t full) {
   if (!given) {
@@ -282,6 +281,12 @@ Packed view(const void* buffer, size_t bytes) {
          std::to_string(kVersion));
   }
   const Type type = static_cast<Type>(h.type);
+  const auto set = [](uint8_t byte) { return byte != 0; };
+  if (h.has_bias > 1 || h.has_rows > 1 || h.has_columns > 1 || h.reserved != 0 ||
+      std::any_of(std::begin(h.padding), std::end(h.padding), set) ||
+      (!h.has_rows && h.rows != h.out_features) || (!h.has_columns && h.columns != h.in_features)) {
+    fail("packed buffer: damaged flags");
+  }
   if (h.type > 2 || h.rows > kMaxFeatures || h.columns > kMaxFeatures ||
       h.out_features > kMaxFeatures || h.in_features > kMaxFeatures ||
       h.block_columns != block_columns_of(h.columns, type) ||

@@ -27,8 +27,13 @@ constexpr size_t kAlign = 64;
 
 enum class Type : uint8_t { kF32 = 0, kBf16 = 1, kI8 = 2 };  // kI8: weights only
 
-inline int type_bytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBf16 ? 2 : 1; }
-inline int unit_length(Type type) { return 4 / type_bytes(type); }
+// Functions of headers that ISA files include are static: a weak copy compiled for AVX-512 could
+// serve every caller.
+static constexpr int type_bytes(Type type) {
+  return type == Type::kF32 ? 4 : type == Type::kBf16 ? 2 : 1;
+}
+static constexpr int unit_length(Type type) { return 4 / type_bytes(type); }
+static constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 struct Header {
   char magic[4];

@@ -21,7 +21,7 @@ namespace {
 using finegates::Activation;
 using finegates::Type;
 
-Type type_of(int code, int most = 1) {
+Type type_of(int64_t code, int most = 1) {
   if (code < 0 || code > most) throw std::invalid_argument("unknown dtype code");
   return static_cast<Type>(code);
 }
@@ -80,7 +80,7 @@ void unpack(uintptr_t packed, size_t bytes, uintptr_t weight, uintptr_t rows, ui
                             reinterpret_cast<int32_t*>(columns));
 }
 
-Activation activation_of(int code) {
+Activation activation_of(int64_t code) {
   if (code < 0 || code > 4) throw std::invalid_argument("unknown activation code");
   return static_cast<Activation>(code);
 }
@@ -102,11 +102,11 @@ PyObject* pruned_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                         v[3],
                                         v[4],
                                         v[5],
-                                        type_of(static_cast<int>(v[6])),
+                                        type_of(v[6]),
                                         reinterpret_cast<void*>(v[7]),
                                         v[8],
                                         reinterpret_cast<const void*>(v[9]),
-                                        activation_of(static_cast<int>(v[10])),
+                                        activation_of(v[10]),
                                         nullptr,
                                         0};
     py::gil_scoped_release unlocked;

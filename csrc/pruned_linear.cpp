@@ -23,8 +23,9 @@ constexpr int64_t kTasksPerThread = 4;
 // split evenly and so few panels that gathering all rows on each thread would be seen.
 constexpr int64_t kTilesToSplit = 4;
 constexpr int64_t kPanelsToShare = 32;
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+// Far above what memory holds, and far below what overflows where they are multiplied.
+constexpr int64_t kMaxRows = int64_t{1} << 31;
+constexpr int64_t kMaxStride = int64_t{1} << 40;
 
 void check(const LinearArgs& args, const Packed& layer) {
   if (args.m < 0) throw std::invalid_argument("the number of rows of x is negative");
@@ -37,7 +38,7 @@ void check(const LinearArgs& args, const Packed& layer) {
                                 ", the packed layer makes " + std::to_string(layer.out_features));
   }
   int64_t bytes;
-  if (args.x_stride < args.in_features ||
+  if (args.m > kMaxRows || args.x_stride < args.in_features || args.x_stride > kMaxStride ||
       __builtin_mul_overflow(args.m, args.x_stride * 4, &bytes) ||
       __builtin_mul_overflow(args.m, args.out_features * 4, &bytes)) {
     throw std::invalid_argument("x has an impossible row stride or number of rows");
@@ -50,20 +51,25 @@ void check(const LinearArgs& args, const Packed& layer) {
 
 using Job = LinearTasks::Job;
 
+// More than kSerialWork rows are as good as that many, and can't overflow.
 int64_t work_of(const Job& job, int64_t m) {
   const Packed& layer = job.call.layer;
   const int64_t units = divide_up(layer.columns, unit_length(layer.type));
-  return layer.row_blocks * 2 * units * std::max<int64_t>(m, 4) * (job.call.pair ? 2 : 1);
+  const int64_t rows = std::clamp<int64_t>(m, 4, kSerialWork);
+  return layer.row_blocks * 2 * units * rows * (job.call.pair ? 2 : 1);
 }
 
 Job make_job(const LinearArgs& args, const Kernels& isa) {
-  Job job;
+  Job job = {};
   Call& call = job.call;
   call.layer = view(args.packed, args.packed_bytes);
   check(args, call.layer);
   call.pair = args.up != nullptr;
   if (call.pair) {
     call.up = view(args.up, args.up_bytes);
+    if (call.up.type != call.layer.type) {
+      throw std::invalid_argument("the two layers must have weights of the same type");
+    }
     if (!same_columns(call.layer, call.up) || !same_rows(call.layer, call.up)) {
       throw std::invalid_argument("the two layers must keep the same rows and columns");
     }
@@ -87,7 +93,9 @@ Job make_job(const LinearArgs& args, const Kernels& isa) {
 }  // namespace
 
 LinearTasks::LinearTasks(const LinearArgs* args, int count) : count_(count) {
-  if (count < 0 || count > kMaxLayers) throw std::invalid_argument("1 to 8 layers in one call");
+  if (count < 0 || count > kMaxLayers) {
+    throw std::invalid_argument("at most 8 layers in one call, got " + std::to_string(count));
+  }
   const Kernels& isa = kernels();
   for (int i = 0; i < count; ++i) {
     Job& job = jobs_[i];

@@ -196,6 +196,10 @@ def test_doubles_run_on_torch_alone() -> None:
         (lambda x, p: packed_linear(x, p[:-64], N), ValueError, "packed buffer: "),
         (lambda x, p: packed_linears(x, [p], [N, N]), ValueError, "one length of at most 8, got 1"),
         (lambda x, p: packed_linears(x, [p] * 9, [N] * 9), ValueError, "at most 8, got 9 and 9"),
+        (lambda x, p: packed_linear(x, p, -1), ValueError, "out_features "),
+        (lambda x, p: packed_linear(x, p.to("meta"), N), ValueError, "meta"),
+        (lambda x, p: packed_linears(x, [p, p.to("meta")], [N, N]), ValueError, "meta"),
+        (lambda x, p: packed_linear(x[0, 0], p, N), TypeError, "got 0-D torch.float32"),
         (lambda x, p: packed_linears(x[0, 0], [p], [N]), TypeError, "got 0-D torch.float32"),
         (lambda x, p: packed_linear(x.int(), p, N), TypeError, "got 2-D torch.int32"),
         (lambda x, p: packed_linear(x.to("meta"), p, N), ValueError, "device cpu, got meta"),
@@ -215,6 +219,12 @@ def test_pack_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         pack(w.to(I8), dtype=I8)
     with pytest.raises(ValueError, match=r"rows has 2 entries, the weight 3"):
         pack(w, rows=torch.tensor([0, 1]), out_features=5, dtype=I8)
+    for dtype in (None, I8):
+        with pytest.raises(ValueError, match="weight must be 2-D, got 1-D"):
+            pack(w[0], dtype=dtype)
+    w[2, 1] = float("nan")
+    with pytest.raises(ValueError, match="weight must be finite to become int8, got nan in row 2"):
+        pack(w, dtype=I8)
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "_reason", "extension not built: no compiler")
     with pytest.raises(ValueError, match="weight can't be packed: extension not built"):

@@ -90,6 +90,27 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _room(like: Tensor, *shape: int, **dtype: Any) -> Tensor:
+    """Return an uninitialised tensor beside ``like``, whatever torch's default device is.
+
+    Raises:
+        ValueError: a size is negative; MemoryError: there is no room.
+    """
+    try:
+        return like.new_empty(*shape, **dtype)
+    except RuntimeError as error:
+        if min(shape) < 0:
+            raise ValueError(f"out_features must not be negative, got {shape[-1]}") from error
+        raise MemoryError(f"no room for a tensor of shape {shape}") from error
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-D, got {weight.dim()}-D")
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight must be on the CPU, got {weight.device}")
+
+
 def prepare(
     weight: Tensor,
     bias: Tensor | None = None,
@@ -114,18 +135,15 @@ def prepare(
         `Tensor` [bytes]: uint8, with a header. A plain tensor: it may be copied and moved.
 
     Raises:
-        ValueError: a size or an index does not fit, naming which.
+        ValueError: a size or an index does not fit, naming which; MemoryError: there is no room.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be 2-D, got {weight.dim()}-D")
+    _check_weight(weight)
     if weight.dtype == torch.float16:
         weight = weight.float()
     if weight.dtype not in _WEIGHT_TYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or int8, got {weight.dtype}")
     if (scale is None) != (weight.dtype != torch.int8):
         raise ValueError(f"scale goes with an int8 weight and only there, got {weight.dtype}")
-    if weight.device.type != "cpu":
-        raise ValueError(f"weight must be on the CPU, got {weight.device}")
     n_rows, n_columns = weight.shape
     weight = weight.detach().contiguous()
     rows, columns = _index("rows", rows), _index("columns", columns)
@@ -143,7 +161,7 @@ def prepare(
         _pointer(rows),
         _pointer(columns),
     )
-    packed = torch.empty(_C.packed_bytes(*shape), dtype=torch.uint8)
+    packed = _room(weight, _C.packed_bytes(*shape), dtype=torch.uint8)
     _C.pack(
         *shape,
         _pointer(weight),
@@ -159,10 +177,19 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 q and float32 scale [rows] with ``weight ≈ q * scale[:, None]``.
 
     Symmetric round to nearest, the largest magnitude of a row at 127: error ≤ scale / 2.
+
+    Raises:
+        ValueError: weight is no matrix on the CPU, or a row of it has a NaN or an Inf.
     """
+    _check_weight(weight)
     wide = weight.detach().float()
     largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    finite = largest.isfinite()
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"weight must be finite to become int8, got {largest[row]} in row {row}")
+    scale = largest / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # 0, or too small to divide
     q = torch.round(wide / scale[:, None]).clamp_(-127, 127)
     return q.to(torch.int8), scale
 
@@ -176,7 +203,7 @@ def _aligned(packed: Tensor) -> Tensor:
         )
     if packed.is_contiguous() and not packed.data_ptr() & 63:
         return packed
-    return torch.empty(packed.numel(), dtype=torch.uint8).copy_(packed)
+    return _room(packed, packed.numel()).copy_(packed)
 
 
 def describe(packed: Tensor) -> Layout:
@@ -201,9 +228,9 @@ def unpack(packed: Tensor) -> Operands:
     """Return what :func:`prepare` was given: the weight bit for bit, bias and scale in float32."""
     packed = _aligned(packed)
     d = describe(packed)
-    weight = torch.empty(d.n_rows, d.n_columns, dtype=d.dtype)
-    rows = torch.empty(d.n_rows, dtype=torch.int32) if d.has_rows else None
-    columns = torch.empty(d.n_columns, dtype=torch.int32) if d.has_columns else None
+    weight = _room(packed, d.n_rows, d.n_columns, dtype=d.dtype)
+    rows = _room(packed, d.n_rows, dtype=torch.int32) if d.has_rows else None
+    columns = _room(packed, d.n_columns, dtype=torch.int32) if d.has_columns else None
     _C.unpack(
         packed.data_ptr(), packed.numel(), _pointer(weight), _pointer(rows), _pointer(columns)
     )
@@ -236,24 +263,25 @@ def pruned_linear(
         `Tensor` [..., out_features] with x's dtype.
 
     Raises:
-        ValueError: an argument does not fit; TypeError: x is not a float CPU tensor.
+        ValueError: an argument does not fit; TypeError: x is not a float CPU tensor with a last
+            dimension; MemoryError: there is no room for y.
     """
-    # About 2 us a call, as much as F.linear: sizes go to torch.empty one by one, because parsing
+    # About 2 us a call, as much as F.linear: sizes go to new_empty one by one, because parsing
     # a tuple costs another 0.7 us.
     kind = _TYPES.get(x.dtype)
-    if kind is None or not x.is_cpu:
+    shape = x.shape
+    if kind is None or not shape or not x.is_cpu:
         return _converted(x, packed, out_features, activation, residual)
     code = ACTIVATIONS.get(activation)
     if code is None:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    shape = x.shape
     if len(shape) == 2:
         m, k = shape
-        y = torch.empty(m, out_features, dtype=x.dtype)
+        y = _room(x, m, out_features)
     else:
-        *leading, k = shape or (0,)
+        *leading, k = shape
         m = math.prod(leading)
-        y = torch.empty(*leading, out_features, dtype=x.dtype)
+        y = _room(x, *leading, out_features)
     stride = k
     if not x.is_contiguous():
         if len(shape) == 2 and x.stride(1) == 1 and x.stride(0) >= k:
@@ -267,8 +295,11 @@ def pruned_linear(
                 f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
             )
         residual = residual.contiguous()
+    # _aligned without its call: 0.1 us.
+    if not packed.is_cpu or packed.dtype is not torch.uint8 or not packed.is_contiguous():
+        packed = _aligned(packed)
     buffer = packed.data_ptr()
-    if buffer & 63 or packed.dtype is not torch.uint8 or not packed.is_contiguous():
+    if buffer & 63:
         packed = _aligned(packed)
         buffer = packed.data_ptr()
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread, 17 ns
@@ -302,15 +333,10 @@ def pruned_linears(
     # One flat list: four times fewer objects for the binding to take apart.
     layers: list[int] = []
     ys: list[Tensor] = []
-    copies: list[Tensor] = []
+    packed = [_aligned(p) for p in packed]
     for p, n in zip(packed, out_features, strict=True):
-        y = torch.empty(*leading, n, dtype=wide.dtype)
-        buffer = p.data_ptr()
-        if buffer & 63 or p.dtype is not torch.uint8 or not p.is_contiguous():
-            p = _aligned(p)
-            buffer = p.data_ptr()
-            copies.append(p)
-        layers += (buffer, p.numel(), y.data_ptr(), n)
+        y = _room(wide, *leading, n)
+        layers += (p.data_ptr(), p.numel(), y.data_ptr(), n)
         ys.append(y)
     _C.pruned_linears(layers, wide.data_ptr(), m, k, stride, kind)
     return ys if wide.dtype is x.dtype else [y.to(x.dtype) for y in ys]
@@ -331,7 +357,7 @@ def pruned_glu(
     wide, kind, stride = _operand(x)
     gate, up = _aligned(gate), _aligned(up)
     *leading, k = wide.shape
-    y = torch.empty(*leading, out_features, dtype=wide.dtype)
+    y = _room(wide, *leading, out_features)
     _C.pruned_glu(
         gate.data_ptr(),
         gate.numel(),
@@ -396,7 +422,7 @@ def encoder_layer(
     """
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = _room(x, *x.shape)
     packed = [_aligned(p) for p in packed]
     norms = [norm.contiguous() for norm in norms]
     mask_type, mask_address, strides = 0, 0, [0, 0, 0]
@@ -457,7 +483,7 @@ class DecoderLayers:
                 + [p.numel() for p in layer]
                 + [norm.data_ptr() for norm in norm_pair]
             )
-        self.table = torch.tensor(rows, dtype=torch.int64)
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def __reduce__(self) -> tuple[type[DecoderLayers], tuple[list[Tensor], list[Tensor]]]:
         return DecoderLayers, (self.packed, self.norms)
@@ -521,7 +547,7 @@ def decoder(
         mask_query = mask.stride(1) if mask.dim() == 3 else 0
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     positions = positions.to(torch.int64).contiguous()
-    y = torch.empty_like(x)
+    y = _room(x, *x.shape)
     if y.numel() == 0:
         return y
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
@@ -572,9 +598,6 @@ def _converted(
     x: Tensor, packed: Tensor, out_features: int, activation: str, residual: Tensor | None
 ) -> Tensor:
     """Run float16 in float32; refuse everything else."""
-    if x.dtype != torch.float16 or x.device.type != "cpu":
-        raise TypeError(
-            f"x must be a float32, bfloat16 or float16 CPU tensor, got {x.dtype} on {x.device}"
-        )
-    wide = None if residual is None else residual.float()
-    return pruned_linear(x.float(), packed, out_features, activation, wide).half()
+    wide, _, _ = _operand(x)
+    residual = None if residual is None else residual.float()
+    return pruned_linear(wide, packed, out_features, activation, residual).half()

@@ -60,7 +60,9 @@ def pack(
         `Tensor` uint8 [bytes]: plain; it may be copied, moved and saved.
 
     Raises:
-        ValueError: a shape, a dtype or an index doesn't fit, or there is no native extension.
+        ValueError: a shape, a dtype or an index doesn't fit, a weight to become int8 has a NaN or
+            an Inf, or there is no native extension.
+        MemoryError: there is no room.
 
     Example:
         >>> packed = pack(torch.eye(3), rows=torch.tensor([0, 2, 3]), out_features=4)
@@ -112,7 +114,7 @@ def packed_linear(
     if eager.is_plain(x) and not wants_gradient(x, residual):
         return _cpu.pruned_linear(x, packed, out_features, activation, residual)
     check_choice("activation", activation, ACTIVATIONS)
-    _check(x, packed)
+    _check(x, [packed], [out_features])
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         residual = None if residual is None else residual.to(x.dtype)
@@ -149,7 +151,7 @@ def packed_linears(
         )
     if eager.is_plain(x) and not wants_gradient(x):
         return _cpu.pruned_linears(x, packed, out_features)
-    _check(x, *packed)
+    _check(x, packed, out_features)
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if wants_gradient(x) or transformed():
@@ -180,7 +182,7 @@ def packed_glu(
     if eager.is_plain(x) and not wants_gradient(x):
         return _cpu.pruned_glu(x, gate, up, out_features, activation)
     check_choice("activation", activation, ACTIVATIONS)
-    _check(x, gate, up)
+    _check(x, [gate, up], [out_features])
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if wants_gradient(x) or transformed():
@@ -189,7 +191,7 @@ def packed_glu(
     return y
 
 
-def _check(x: Tensor, *packed: Tensor) -> None:
+def _check(x: Tensor, packed: Sequence[Tensor], out_features: Sequence[int]) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         raise TypeError(
             f"x must be a float tensor with a last dimension, got {x.dim()}-D {x.dtype}"
@@ -197,6 +199,9 @@ def _check(x: Tensor, *packed: Tensor) -> None:
     for tensor in packed:
         if tensor.device != x.device:
             raise ValueError(f"x must be on packed's device {tensor.device}, got {x.device}")
+    for n in out_features:
+        if n < 0:
+            raise ValueError(f"out_features must not be negative, got {n}")
 
 
 def _packed_linear(
