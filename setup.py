@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -85,6 +86,11 @@ def no_native_reason() -> str | None:
     return None
 
 
+def escape(path: Path | str) -> str:
+    """Return a path for a build line of ninja, which quotes it for the shell where it must."""
+    return re.sub(r"[$: ]", r"$\g<0>", str(path))
+
+
 def ninja_file(names: list[str], target: Path, cflags: str, ldflags: str) -> str:
     """Return the text of build.ninja; paths are absolute, so it runs from any folder."""
     openmp = "" if sys.platform == "darwin" else "-fopenmp"
@@ -104,12 +110,13 @@ def ninja_file(names: list[str], target: Path, cflags: str, ldflags: str) -> str
     objects = []
     for name in names:
         source = (ROOT / "csrc" / name).resolve()
-        objects.append(str(target.parent / f"{source.stem}.o"))
+        objects.append(escape(target.parent / f"{source.stem}.o"))
         lines += [
-            f"build {objects[-1]}: compile {source}",
+            f"build {objects[-1]}: compile {escape(source)}",
             f"  isa = {ISA_FLAGS.get(source.name, '')}",
         ]
-    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    output = escape(target)
+    lines += [f"build {output}: link {' '.join(objects)}", f"default {output}", ""]
     return "\n".join(lines)
 
 
@@ -136,13 +143,16 @@ def module_file(target: Path) -> str:
     # Hidden visibility does not reach std:: templates; the export list does.
     exports = target.parent / ("exports.txt" if mac else "exports.map")
     exports.write_text("_PyInit__C\n" if mac else "{ global: PyInit__C; local: *; };\n")
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
     return ninja_file(
         sources(platform.machine()),
         target,
-        f"-DNDEBUG -I{pybind11.get_include()} -I{sysconfig.get_path('include')}",
-        f"-shared -undefined dynamic_lookup -Wl,-exported_symbols_list,{exports}"
-        if mac
-        else f"-shared -Wl,--version-script={exports} -Wl,--strip-debug",
+        shlex.join(["-DNDEBUG", *(f"-I{folder}" for folder in includes)]),
+        shlex.join(
+            ["-shared", "-undefined", "dynamic_lookup", f"-Wl,-exported_symbols_list,{exports}"]
+            if mac
+            else ["-shared", f"-Wl,--version-script={exports}", "-Wl,--strip-debug"]
+        ),
     )
 
 

@@ -16,15 +16,19 @@ build() { # folder, flags, more arguments
 
 build build/fuzz-asan "$SANITIZE"
 for level in generic avx2 avx512 avx512bf16; do
-  FINEGATES_MAX_ISA=$level build/fuzz-asan/native_fuzz "$SECONDS_EACH" "$SEED"
+  said=$(FINEGATES_MAX_ISA=$level build/fuzz-asan/native_fuzz "$SECONDS_EACH" "$SEED")
+  echo "$said"
+  case $said in *" on $level") ;; *) echo "sanitize.sh: $level skipped, not on this CPU" >&2 ;; esac
 done
 
 build build/fuzz-tsan "-fsanitize=thread"
 build/fuzz-tsan/native_fuzz "$SECONDS_EACH" "$SEED" 8
 
-if command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null; then
+if command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null; then
   CXX=aarch64-linux-gnu-g++ LINK=-static build build/fuzz-aarch64 "" --machine aarch64
   qemu-aarch64 build/fuzz-aarch64/native_fuzz "$SECONDS_EACH" "$SEED"
+else
+  echo "sanitize.sh: aarch64 skipped, needs aarch64-linux-gnu-g++ and qemu-aarch64" >&2
 fi
 
 # The module itself, built and tested in a copy of the tree: the one in place stays as it is.

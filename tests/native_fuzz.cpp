@@ -20,6 +20,7 @@
 #include "../csrc/isa.h"
 #include "../csrc/layout.h"
 #include "../csrc/pruned_linear.h"
+#include "../csrc/scratch.h"
 
 using namespace finegates;
 
@@ -35,6 +36,10 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 using Buffer = std::unique_ptr<uint8_t, Free>;
+
+Buffer aligned(size_t bytes) {
+  return Buffer(static_cast<uint8_t*>(std::aligned_alloc(kAlign, (bytes + 63) / 64 * 64)));
+}
 
 // Exactly `bytes` long, `offset` bytes off the allocation's alignment.
 struct Bytes {
@@ -150,16 +155,16 @@ Buffer pack_random(const LayerShape& shape, Random& random, std::vector<float>& 
     }
   }
   *size = packed_bytes(shape);
-  Buffer packed(static_cast<uint8_t*>(std::aligned_alloc(64, (*size + 63) / 64 * 64)));
+  Buffer packed = aligned(*size);
   pack(shape, raw.data, bias.data(), scale.data(), packed.get(), *size);
   unpack_weight(view(packed.get(), *size), back.data);
   if (bytes > 0 && std::memcmp(back.data, raw.data, bytes)) die("unpacked weight differs");
   return packed;
 }
 
-Case make_case(Random& random) {
+// A layer of at most this many features on either side.
+Case make_case(Random& random, int64_t most) {
   Case c;
-  const int64_t most = draw(random, 0, 9) == 0 ? 1700 : 130;
   c.out = draw(random, 0, most), c.in = draw(random, 0, most);
   c.has_rows = draw(random, 0, 3) > 0, c.has_columns = draw(random, 0, 3) > 0;
   c.n = c.has_rows ? draw(random, 0, c.out) : c.out;
@@ -224,14 +229,22 @@ void check_values(const Case& c, const uint8_t* y) {
   }
 }
 
-// Two layers of one x in one call give what each gives alone, in other memory.
-void check_together(const Case& c, const uint8_t* y) {
+// Two layers of one x in one call give what each gives alone, in other memory, for any number of
+// threads. These are threads that the sanitizers see, unlike OpenMP's.
+void check_together(const Case& c, const uint8_t* y, Random& random) {
   const size_t bytes = c.m * c.out * type_bytes(c.type);
   Bytes first(bytes, 0), second(bytes, 0);
   const LinearArgs args[] = {c.args(first.data), c.args(second.data)};
-  pruned_linears(args, 2);
+  const int threads = draw(random, 0, 9) == 0 ? 17 : draw(random, 1, 4);
+  LinearTasks tasks(args, 2);
+  tasks.cut(threads);
+  std::vector<std::thread> team;
+  for (int t = 0; t < threads; ++t) {
+    team.emplace_back([&] { tasks.run(thread_scratch(tasks.scratch_bytes())); });
+  }
+  for (std::thread& member : team) member.join();
   if (bytes > 0 && (std::memcmp(first.data, y, bytes) || std::memcmp(second.data, y, bytes))) {
-    die("two layers together differ from one alone");
+    die("two layers together on " + std::to_string(threads) + " threads differ from one alone");
   }
 }
 
@@ -251,37 +264,152 @@ void check_rows_alone(const Case& c, const uint8_t* y, Random& random) {
   }
 }
 
-// Damages the tables, not the weights: every outcome but a crash or a step outside is fine.
-void hostile(const Case& c, uint8_t* y, Random& random) {
-  const size_t tables = view(c.packed.get(), c.packed_size).panels - c.packed.get();
-  Buffer copy(static_cast<uint8_t*>(std::aligned_alloc(64, (c.packed_size + 63) / 64 * 64)));
-  std::memcpy(copy.get(), c.packed.get(), c.packed_size);
-  LinearArgs args = c.args(y);
-  args.packed = copy.get();
-  const int64_t huge[] = {-1, INT64_MIN, INT64_MAX, int64_t{1} << 40, c.in + 1, 0};
-  switch (draw(random, 0, 5)) {
+// Of rows, features or strides: none of them is possible.
+int64_t impossible(Random& random) {
+  const int64_t sizes[] = {-1, INT64_MIN, INT64_MAX, INT64_MAX / 4 + 1, (int64_t{1} << 40) + 1};
+  return sizes[draw(random, 0, 4)];
+}
+
+// Whether call() ends in std::invalid_argument.
+template <class Call>
+bool refused(const Call& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+// What a damaged buffer holds, if it does not contradict itself.
+void read_back(Case& c) {
+  const Packed p = view(c.packed.get(), c.packed_size);
+  c.n = p.rows, c.k = p.columns;
+  c.rows.resize(c.n), c.columns.resize(c.k);
+  unpack_indices(p, c.rows.data(), c.columns.data());
+  Bytes raw(c.n * c.k * type_bytes(p.type), 0);
+  unpack_weight(p, raw.data);
+  c.weight[0].clear();
+  for (int64_t i = 0; i < c.n * c.k; ++i) {
+    c.weight[0].push_back(p.type == Type::kI8 ? static_cast<int8_t>(raw.data[i]) * p.scale[i / c.k]
+                                              : get(raw.data, p.type, i));
+  }
+  c.bias[0].assign(p.bias, p.bias + c.n);
+}
+
+// A damaged buffer is refused or multiplied as what it holds now; a wrong argument is refused.
+void hostile(Random& random) {
+  Case c = make_case(random, 60);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  for (int64_t r = 0; r < c.m; ++r) {
+    for (int64_t i = 0; i < c.in; ++i) put(c.x->data, c.type, r * c.stride + i, uniform(random));
+  }
+  Bytes y(c.m * c.out * type_bytes(c.type), 0);
+  LinearArgs args = c.args(y.data);
+  uint8_t* const packed = c.packed.get();
+  const int64_t tables =
+      reinterpret_cast<const uint8_t*>(view(packed, c.packed_size).bias) - packed;
+  bool wrong = true;
+  switch (draw(random, 0, 8)) {
     case 0:
-      copy.get()[draw(random, 0, tables - 1)] ^= 1 << draw(random, 0, 7);
+      packed[draw(random, 0, tables - 1)] ^= 1 << draw(random, 0, 7);
+      wrong = false;
       break;
     case 1:
-      for (int i = 0; i < 8; ++i) copy.get()[draw(random, 0, tables - 1)] = random();
+      for (int i = 0; i < 8; ++i) packed[draw(random, 0, tables - 1)] = random();
+      wrong = false;
       break;
     case 2:
       args.packed_bytes = draw(random, 0, c.packed_size - 1);
       break;
-    case 3:
-      (draw(random, 0, 1) ? args.in_features : args.out_features) = huge[draw(random, 0, 4)];
+    case 3: {
+      int64_t& size = draw(random, 0, 1) ? args.in_features : args.out_features;
+      size = draw(random, 0, 1) ? impossible(random) : size + 1;
       break;
+    }
     case 4:
-      args.x_stride = draw(random, 0, 1) ? -1 : c.in - 1;
+      args.x_stride = draw(random, 0, 1) ? impossible(random) : c.in - 1;
       break;
     case 5:
-      args.m = draw(random, 0, 1) ? -1 : INT64_MAX;
+      args.m = impossible(random);
+      break;
+    case 6:
+      args.packed = nullptr;
+      break;
+    case 7:
+      wrong = c.m > 0 && c.in > 0 && c.out > 0;
+      if (wrong) *(draw(random, 0, 1) ? &args.x : const_cast<const void**>(&args.y)) = nullptr;
+      break;
+    case 8:
+      args.up = packed;
+      args.up_bytes = draw(random, 0, c.packed_size - 1);
       break;
   }
-  try {
-    pruned_linear(args);
-  } catch (const std::invalid_argument&) {
+  if (refused([&] { pruned_linear(args); })) return;
+  if (wrong) die("a wrong argument was taken");
+  read_back(c);
+  check_values(c, y.data);
+}
+
+void hostile_pack(Random& random) {
+  const int64_t out = draw(random, 3, 60), in = draw(random, 3, 60);
+  const int64_t n = draw(random, 2, out - 1), k = draw(random, 2, in - 1);
+  const Type type = static_cast<Type>(draw(random, 0, 2));
+  std::vector<int32_t> rows = choose(random, out, n), columns = choose(random, in, k);
+  std::vector<float> values(n);
+  Bytes weight(n * k * type_bytes(type), 0);
+  LayerShape shape = {type, n, k, out, in, true, true, true, rows.data(), columns.data()};
+  size_t bytes = packed_bytes(shape);
+  const Buffer buffer = aligned(bytes + kAlign);
+  uint8_t* target = buffer.get();
+  const void* from = weight.data;
+  const float *bias = values.data(), *scale = values.data();
+  const bool of_rows = draw(random, 0, 1);
+  std::vector<int32_t>& index = of_rows ? rows : columns;
+  const int64_t at = draw(random, 1, index.size() - 1);
+  int64_t* const sizes[] = {&shape.rows, &shape.columns, &shape.out_features, &shape.in_features};
+  const int32_t outside[] = {-1, INT32_MIN, INT32_MAX, static_cast<int32_t>(of_rows ? out : in)};
+  switch (draw(random, 0, 11)) {
+    case 0:
+      *sizes[draw(random, 0, 3)] = impossible(random);
+      break;
+    case 1:
+      std::swap(index[at - 1], index[at]);
+      break;
+    case 2:
+      index[at] = index[at - 1];
+      break;
+    case 3:
+      index[at] = outside[draw(random, 0, 3)];
+      break;
+    case 4:
+      (of_rows ? shape.row_index : shape.column_index) = nullptr;
+      break;
+    case 5:
+      (of_rows ? shape.has_rows : shape.has_columns) = false;
+      break;
+    case 6:
+      from = nullptr;
+      break;
+    case 7:
+      bias = nullptr;
+      break;
+    case 8:
+      if (type != Type::kI8) return;
+      scale = nullptr;
+      break;
+    case 9:
+      target += draw(random, 1, kAlign - 1);
+      break;
+    case 10:
+      bytes = draw(random, 0, bytes - 1);
+      break;
+    case 11:
+      shape.type = static_cast<Type>(3);
+      break;
+  }
+  if (!refused([&] { pack(shape, from, bias, scale, target, bytes); })) {
+    die("a wrong layer was packed");
   }
 }
 
@@ -289,13 +417,14 @@ void work(double seconds, uint64_t seed, int64_t* cases) {
   Random random(seed);
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   for (; std::chrono::steady_clock::now() < end; ++*cases) {
-    const Case c = make_case(random);
+    const Case c = make_case(random, draw(random, 0, 9) == 0 ? 1700 : 130);
     Bytes y(c.m * c.out * type_bytes(c.type), 0);
     pruned_linear(c.args(y.data));
     check_values(c, y.data);
     check_rows_alone(c, y.data, random);
-    check_together(c, y.data);
-    for (int i = 0; i < 5; ++i) hostile(c, y.data, random);
+    check_together(c, y.data, random);
+    for (int i = 0; i < 5; ++i) hostile(random);
+    for (int i = 0; i < 5; ++i) hostile_pack(random);
   }
 }
 
