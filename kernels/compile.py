@@ -73,7 +73,8 @@ class Variant(NamedTuple):
 _SAMPLED = {"residual_ptr": None, "ACTIVATION": "none", "GATHERED": False, **_DENSE, **_INNER}
 _OPEN = {"ROW": "none", "COLUMN": "none", "r_ptr": None, "c_ptr": None}
 _FROZEN = {"CLOSED_GRAD": False, **_INNER}
-_REDUCED = {"NOISE": True, "CLOSED_GRAD": False, "DIVIDE_ROW": True, "rows_ptr": None}
+_REDUCED = {"NOISE": True, "CLOSED_GRAD": False, "CLOSED_ROW_GRAD": False, "DIVIDE_ROW": True,
+            "rows_ptr": None}  # fmt: skip
 
 
 def _both(distribution: str) -> dict[str, Any]:

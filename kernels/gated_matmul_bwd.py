@@ -254,7 +254,10 @@ def _gate_gradient(
             z = tl.load(value_ptr + index, mask=mask, other=1.0).to(tl.float32)
         if DIVIDE:
             d = d / tl.where(z == 0.0, 1.0, z)
-        if DISTRIBUTION != "value":
+        if DISTRIBUTION == "value":
+            if not CLOSED_GRAD:
+                d = tl.where(z == 0.0, 0.0, d)
+        else:
             theta = tl.load(logits_ptr + unit, mask=mask, other=0.0)
             slope = gate_derivative(z, theta, shift, scale, beta, DISTRIBUTION, NOISE, CLOSED_GRAD)
             d = tl.where(slope == 0.0, 0.0, d * slope)  # a clamped gate passes no NaN on
@@ -269,7 +272,7 @@ def _gated_matmul_bwd_gates_kernel(
     N, N_out, K_in, row_units, column_units, row_tiles, column_tiles,
     row_span, row_width, column_span, column_width, shift, scale, beta,
     DISTRIBUTION: tl.constexpr, NOISE: tl.constexpr, CLOSED_GRAD: tl.constexpr,
-    DIVIDE_ROW: tl.constexpr, DIVIDE_COLUMN: tl.constexpr,
+    CLOSED_ROW_GRAD: tl.constexpr, DIVIDE_ROW: tl.constexpr, DIVIDE_COLUMN: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Second stage: the blocks of column units, then of row units, then of biases."""
@@ -287,7 +290,7 @@ def _gated_matmul_bwd_gates_kernel(
             _gate_gradient(
                 block, dr_ptr, r_ptr, row_logits_ptr, row_out_ptr, N_out, row_units,
                 row_tiles, row_span, row_width, shift, scale, beta,
-                DISTRIBUTION, NOISE, CLOSED_GRAD, DIVIDE_ROW, BLOCK, BLOCK_T,
+                DISTRIBUTION, NOISE, CLOSED_ROW_GRAD, DIVIDE_ROW, BLOCK, BLOCK_T,
             )  # fmt: skip
         block -= tl.cdiv(row_units, BLOCK)
     if bias_out_ptr is not None:  # noqa: SIM102, Triton would build both sides of an "and"
@@ -394,11 +397,13 @@ def gated_matmul_bwd_gates(
     divide_row: bool,
     divide_column: bool = False,
     closed_grad: bool = False,
+    closed_row_grad: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Add the first-stage sums in order and apply dz/dθ: one launch for both gates and the bias.
 
     Args:
         divide_row, divide_column: the sums are of dy ⊙ y, or of x ⊙ dx, and still carry the gate.
+        closed_grad, closed_row_grad: whether closed columns, and closed rows, get a gradient.
 
     Returns:
         The gradients to the row side and to the column side (fp32; to logits [units], or to values
@@ -419,7 +424,8 @@ def gated_matmul_bwd_gates(
             sizes[0], sizes[1], 0 if row_sums is None else row_sums.shape[0],
             0 if dc is None else dc.shape[0], *gates.scalars,
             DISTRIBUTION=distribution, NOISE=gates.seed is not None, CLOSED_GRAD=closed_grad,
-            DIVIDE_ROW=divide_row, DIVIDE_COLUMN=divide_column, **REDUCE, **OPTIONS,
+            CLOSED_ROW_GRAD=closed_row_grad, DIVIDE_ROW=divide_row, DIVIDE_COLUMN=divide_column,
+            **REDUCE, **OPTIONS,
         )  # fmt: skip
     return row_out, column_out, bias_out
 

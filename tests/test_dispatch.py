@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from finegates import FusedGatedLinear, _env, _native
-from finegates.ops import dispatch, gated_linear, pruned_linear, table, use_backend
+from finegates.ops import (
+    dispatch,
+    gated_linear,
+    gated_matmul,
+    open_mass,
+    pruned_linear,
+    table,
+    use_backend,
+)
 from finegates.ops.dispatch import Implementation, choose, requested_backend
 
 
@@ -93,6 +101,42 @@ def test_context_ends_with_an_error_and_stays_in_its_thread() -> None:
         ask_a_thread_and_fail()
     assert seen == ["auto"]
     assert requested_backend("auto") == "auto"
+
+
+DIFFERENTIABLE = ("gated_linear", "gated_matmul", "open_mass")
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+@pytest.mark.parametrize("asked", ["torch", "triton", "native"])
+def test_backward_in_another_thread_takes_what_its_forward_asked_for(
+    op: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As autograd's own thread does for GPU tensors; native has no part in this table: auto."""
+    backward, ran = f"{op}_backward", []
+    reference = dispatch.TABLE[backward][-1].run
+
+    def entry(backend: str) -> Implementation:
+        def run(*args: Any) -> Any:
+            ran.append(backend)
+            return reference(*args)
+
+        return Implementation(backend, lambda *_: None, run, lambda: None)
+
+    monkeypatch.setitem(dispatch.TABLE, op, dispatch.TABLE[op][-1:])
+    monkeypatch.setitem(dispatch.TABLE, backward, (entry("triton"), entry("torch")))
+    x, logits = torch.ones(1, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    constants = ("gaussian", (0.5, 0.1, 1.0))
+    with use_backend(asked):
+        if op == "gated_linear":
+            y = gated_linear(x, torch.ones(2, 3))
+        elif op == "gated_matmul":
+            y = gated_matmul(x, torch.ones(2, 3), None, None, None, None, *constants)
+        else:
+            y = open_mass(logits, torch.tensor([0, 3]), "gaussian", 0.5)
+    thread = threading.Thread(target=lambda: y.sum().backward())
+    thread.start()
+    thread.join()
+    assert ran == ["torch" if asked == "torch" else "triton"]
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,9 +288,20 @@ def test_open_mass(distribution: str) -> None:
             r"seed must be int64 \[2\] on cpu, got",
         ),
         (
-            {"rows": torch.arange(9), "out_features": 10},
+            {"rows": torch.arange(9).int(), "out_features": 10},
             "a compact weight fits ranking gates without",
         ),
+        (
+            {"rows": torch.arange(9)},
+            r"rows must be int32 1-D on cpu, got torch.int64 \(9,\) on cpu",
+        ),
+        (
+            {"columns": torch.zeros(7, dtype=torch.int32, device="meta")},
+            "columns must be on w's device cpu, got meta",
+        ),
+        ({"rows": torch.arange(9).int() + 1}, "rows must be a permutation of 9 features, or some"),
+        ({"rows": torch.arange(9).int() - 1}, "rows must be a permutation of 9 features, or some"),
+        ({"columns": torch.zeros(7).int()}, "columns must be a permutation of 7 features, or some"),
         ({"out_features": 8}, "out_features must fit w's 9 rows, got 8"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
@@ -299,6 +310,38 @@ def test_gated_matmul_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         call(make((4,), 9, 7), **change)
     assert "\n" not in str(error.value)
+
+
+def test_a_map_is_read_again_once_it_has_changed() -> None:
+    case = compact_case()
+    call(case)
+    assert case.rows is not None
+    for change in (
+        lambda rows: rows.flip(0),
+        lambda rows: rows.clamp(max=int(rows[-2])),
+        lambda rows: rows + 9,
+    ):
+        kept = case.rows.clone()
+        case.rows.copy_(change(case.rows))
+        with pytest.raises(ValueError, match="rows must be a permutation of 9 features, or some"):
+            call(case)
+        case.rows.copy_(kept)
+        call(case)
+
+
+def test_norm_gather_refuses() -> None:
+    x, columns, weight = torch.randn(3, 9), torch.tensor([1, 4], dtype=torch.int32), torch.ones(9)
+    for change, message in (
+        ({"columns": columns.long()}, "columns must be int32 1-D on cpu, got torch.int64"),
+        ({"columns": columns + 5}, "columns must be a permutation of 9 features, or some"),
+        ({"columns": columns.flip(0)}, "columns must be a permutation of 9 features, or some"),
+        ({"weight": weight[1:]}, r"weight must have shape \(9,\) on cpu, got \(8,\) on cpu"),
+        ({"bias": weight.to("meta")}, r"bias must have shape \(9,\) on cpu, got \(9,\) on meta"),
+        ({"norm": "batch"}, "norm must be one of .* got 'batch'"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            norm_gather(**{"x": x, "columns": columns, **change})
+        assert "\n" not in str(error.value)
 
 
 def test_output_may_change_in_place_where_the_row_gate_gets_no_gradient() -> None:

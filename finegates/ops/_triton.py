@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import _env
 from . import packing
 from .gated_call import GatedCall
+from .index_map import check_index_map
 
 # Read once: Triton itself reads the variable when it is imported.
 INTERPRETED = _env.triton_interpret()
@@ -118,9 +119,16 @@ def flat(t: Tensor) -> Tensor:
 
 
 def precision(x: Tensor) -> str:
-    """Return how fp32 products are taken: as torch's own, tf32 only where the user allowed it."""
-    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """Return how fp32 products are taken: as torch's own, tf32 only where the user allowed it.
+
+    The older of torch's two settings raises once the newer one (torch 2.9) has been used.
+    """
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    allowed = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if allowed is None:
+        allowed = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allowed == "tf32" else "ieee"
 
 
 def pruned_why_not(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> str | None:
@@ -141,6 +149,9 @@ def pruned_linear(
 ) -> Tensor:
     """Run gather, GEMM, bias, activation, residual and scatter in one launch (two for M > 64)."""
     operands = kernels().operands
+    for name, index, size in (("rows", rows, out_features), ("columns", columns, x.shape[-1])):
+        if index is not None:
+            check_index_map(name, index, size, x.device)
     if columns is not None:
         w, columns = _aligned(w, columns)
     y: Tensor = kernels().fwd.gated_matmul_fwd(

@@ -243,7 +243,7 @@ def _gradients(
         if wants_row and closed_row_grad:
             bwd.gated_matmul_bwd_r(dy2, x2, dr, weight, gates)
     drow, dcolumn, dbias = bwd.gated_matmul_bwd_gates(
-        dr, dc, db, weight, gates, divide_row=not mask[1], closed_grad=closed_grad
+        dr, dc, db, weight, gates, not mask[1], False, closed_grad, closed_row_grad
     )
     dx = None if dx is None else dx.view(x.shape)
     return _filled((dx, dw, dbias, drow, dcolumn), x)

@@ -209,8 +209,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 def use_backend(name: str) -> Iterator[None]:
     """Request a backend for every finegates op inside the block that has it; others take auto.
 
-    Where gradients are wanted of an op that only torch can differentiate (`pruned_linear`,
-    `norm_gather`), torch runs it.
+    A backward asks for what its forward asked for, in whatever thread it runs. Where gradients are
+    wanted of an op that only torch can differentiate (`pruned_linear`, `norm_gather`), torch runs
+    it. What gradient checkpointing computes again on a GPU runs in autograd's thread, which sees
+    the environment and no block.
 
     Args:
         name: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
@@ -248,6 +250,16 @@ def requested_backend(layer: str) -> str:
     return _requested.get() or _env.backend()
 
 
+def requested_of(op: str, layer: str) -> str:
+    """Return the backend asked for among those that ``op`` has.
+
+    A context or the environment speaks to the ops that have its backend: others take ``"auto"``.
+    """
+    wanted = requested_backend(layer)
+    has_it = any(entry.backend == wanted for entry in TABLE[op])
+    return wanted if has_it or layer != "auto" else "auto"
+
+
 def is_free() -> bool:
     """Return whether nobody asked for a backend or for the log, so that the fastest may serve."""
     return _requested.get() is None and _env.backend() == "auto" and not _env.log_dispatch()
@@ -277,9 +289,7 @@ def choose(op: str, layer: str, *args: Any) -> Implementation:
     Raises:
         ValueError: a backend was named and can't serve the call; the message gives its reason.
     """
-    wanted = requested_backend(layer)
-    if layer == "auto" and all(entry.backend != wanted for entry in TABLE[op]):
-        wanted = "auto"
+    wanted = requested_of(op, layer)
     reasons = []
     for entry in TABLE[op]:
         if wanted not in ("auto", entry.backend):

@@ -16,6 +16,7 @@ from torch.library import register_fake
 from . import dispatch, reference
 from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
 from .gated_call import SCHEMA, TENSORS, GatedCall
+from .index_map import check_index_map
 from .reference import DISTRIBUTIONS
 from .schema import _library as library
 from .schema import ops
@@ -80,7 +81,7 @@ def gated_matmul(
         constants: (shift, scale, beta), see `GateConfig.constants`.
         row_layout, column_layout: (span, width) of a tied side, see `reference.gate`.
         rows, columns (`Tensor` int32, *optional*): a permutation of the features, or the sorted
-            open ones; None for all in order.
+            open ones; None for all in order. See `check_index_map` for when their values are read.
         out_features: N where w is compact.
         closed_grad: ranking only, whether closed gates get a gradient.
         backend: see `use_backend`.
@@ -129,6 +130,10 @@ def _check(call: GatedCall) -> None:
         )
     if call.out_features < w.shape[0] or (rows is None and call.out_features != w.shape[0]):
         raise ValueError(f"out_features must fit w's {w.shape[0]} rows, got {call.out_features}")
+    if rows is not None:
+        check_index_map("rows", rows, call.out_features, w.device)
+    if columns is not None:
+        check_index_map("columns", columns, call.in_features, w.device)
     if seed is not None and (
         seed.shape != (2,) or seed.dtype != torch.int64 or seed.device != x.device
     ):
@@ -171,26 +176,25 @@ def norm_gather(
     gradients wanted it runs the reference.
 
     Args:
-        x (`Tensor` [..., K]), columns (`Tensor` int32 [k]), weight, bias (`Tensor` [K]).
+        x (`Tensor` [..., K]), weight, bias (`Tensor` [K]).
+        columns (`Tensor` int32 [k]): as for `gated_matmul`.
         norm: ``"rms"``, ``"layer"`` or ``"none"``.
         backend: see `use_backend`.
 
     Raises:
-        ValueError: shapes, devices or the norm don't fit.
+        ValueError: shapes, devices, the columns or the norm don't fit.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension")
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != x.shape[-1:]:
+        if vector is not None and (vector.shape != x.shape[-1:] or vector.device != x.device):
             raise ValueError(
-                f"{name} must have shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}"
+                f"{name} must have shape {tuple(x.shape[-1:])} on {x.device}, "
+                f"got {tuple(vector.shape)} on {vector.device}"
             )
-    if columns.dim() != 1 or columns.device != x.device:
-        raise ValueError(
-            f"columns must be 1-D on {x.device}, got {tuple(columns.shape)} on {columns.device}"
-        )
+    check_index_map("columns", columns, x.shape[-1], x.device)
     if (
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (x, weight, bias))
@@ -350,9 +354,11 @@ def _gated_matmul_context(
 ) -> None:
     y, r, c = output
     ctx.mark_non_differentiable(r, c)
-    kept = y if ctx.needs_input_grad[3] else None  # as in schema.py
+    # As in schema.py: y where it is read, and the backend that this thread asks for.
+    kept = y if ctx.needs_input_grad[3] else None
     ctx.save_for_backward(*inputs[:TENSORS], kept, r, c)
-    ctx.constants = inputs[TENSORS:]
+    *constants, backend = inputs[TENSORS:]
+    ctx.constants = (*constants, dispatch.requested_of("gated_matmul_backward", backend))
 
 
 # As in schema.py: a second derivative would lose terms silently.
@@ -367,7 +373,8 @@ def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None,
 
 
 def _open_mass_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, offsets, *ctx.constants = inputs
+    logits, offsets, *constants, backend = inputs
+    ctx.constants = (*constants, dispatch.requested_of("open_mass_backward", backend))
     ctx.save_for_backward(logits, offsets)
 
 

@@ -117,7 +117,9 @@ def _gated_linear_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, w, b, r, c, ctx.closed_row_grad, ctx.backend = inputs
+    x, w, b, r, c, ctx.closed_row_grad, backend = inputs
+    # Autograd's own thread, which runs the backward of GPU tensors, sees no `use_backend` block.
+    ctx.backend = dispatch.requested_of("gated_linear_backward", str(backend))
     # Only dr reads y: without it, what follows may change y in place, as behind any Linear.
     ctx.save_for_backward(x, w, b, r, c, output if ctx.needs_input_grad[3] else None)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from finegates import FusedGatedLinear, GateConfig, gate_, use_backend
 from finegates.gates import Gate
 from finegates.ops import (
+    _triton,
     _triton_gated,
     dispatch,
     gated_linear,
@@ -70,11 +71,7 @@ def test_gated_linear(given: str, present: str, closed_row_grad: bool, dtype: to
     }
     ours, plain = run(named, dy, "triton"), run(named, dy, "torch")
     exact = run(exact_inputs, dy.double(), "torch")
-    for name, a, b, c in zip(["y", *wanted], ours, plain, exact, strict=True):
-        if name == "r" and not closed_row_grad and "w" in wanted:
-            # The weight's gradient yields closed rows' dr for free; the reference leaves them 0.
-            open_rows = named["r"] != 0
-            a, b, c = a[open_rows], b[open_rows], c[open_rows]
+    for a, b, c in zip(ours, plain, exact, strict=True):
         assert_no_worse(a, b, c)
 
 
@@ -462,6 +459,32 @@ def test_refusals_have_reasons() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             gated_matmul(*args[:position], value, *args[position + 1 :])
+
+
+def test_pruned_linear_refuses_maps_that_would_write_elsewhere() -> None:
+    x, w = torch.randn(2, 3), torch.randn(2, 3)
+    for rows in ([0, 5], [-1, 0], [1, 1], [2, 1]):
+        with pytest.raises(ValueError, match="rows must be a permutation of 5 features, or some"):
+            pruned_linear(x, w, None, torch.tensor(rows, dtype=torch.int32), None, 5)
+
+
+def test_precision_follows_either_of_torchs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed in ("tf32", "ieee"):
+            matmul.fp32_precision = allowed
+            assert _triton.precision(x) == allowed
+            assert _triton.precision(x.half()) == "ieee"
+        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("high")
+        assert _triton.precision(x) == "tf32"
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert _triton.precision(x) == "ieee", "the CDNA table has no tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 def test_sizes_beyond_int32_are_refused_before_launch() -> None:

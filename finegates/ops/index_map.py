@@ -1,0 +1,65 @@
+"""Index maps: which features the positions of a compact or reordered operand are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def check_index_map(name: str, index: Tensor, size: int, device: torch.device) -> None:
+    """Check a map into ``size`` features: the kept ones in order, or all of them in any order.
+
+    The values are looked at once for each map and change of it, since a GPU makes the host wait for
+    them; not while tracing or capturing a CUDA graph, where nobody can.
+
+    Raises:
+        ValueError: another dtype than int32, not 1-D, another device, or a value is out of range,
+            repeated or, in a map of fewer than ``size``, out of order.
+    """
+    if index.dtype != torch.int32 or index.dim() != 1 or index.device != device:
+        raise ValueError(
+            f"{name} must be int32 1-D on {device}, got {index.dtype} {tuple(index.shape)} "
+            f"on {index.device}"
+        )
+    if _unreadable(index) or _is_known(index, size):
+        return
+    # Of all features a permutation: sorted, it increases as a map of the kept ones does.
+    rising = index.sort().values if index.numel() == size else index
+    fits = (rising[1:] > rising[:-1]).all() & (rising >= 0).all() & (rising < size).all()
+    if not fits:
+        raise ValueError(
+            f"{name} must be a permutation of {size} features, or some of them in rising order, "
+            f"got {index.numel()} that are not"
+        )
+    trust_index_map(index, size)
+
+
+def trust_index_map(index: Tensor, size: int) -> None:
+    """Take a map into ``size`` features for checked, as long as it doesn't change."""
+    if not index.is_inference():
+        _seen[index] = (size, *_state(index))
+
+
+def _is_known(index: Tensor, size: int) -> bool:
+    if index.is_inference():
+        return False
+    found = _seen.get(index)  # type: ignore[no-untyped-call]
+    return found is not None and found == (size, *_state(index))
+
+
+def _state(index: Tensor) -> tuple[int, int]:
+    return index.data_ptr(), index._version
+
+
+def _unreadable(index: Tensor) -> bool:
+    """Return whether a map has no values here (traced, fake, on meta), or none for the host."""
+    return (
+        torch.compiler.is_compiling()
+        or type(index) not in (Tensor, torch.nn.Parameter)
+        or index.is_meta
+        or index.is_cuda
+        and torch.cuda.is_current_stream_capturing()
+    )
