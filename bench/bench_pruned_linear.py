@@ -136,6 +136,7 @@ def bench_cold(benchmark: Any, layer: str, dtype: str, m: int, threads: int) -> 
             "isa": _native.isa(),
             "microseconds": {name: 1e6 * t for name, t in time.items()},
             "dense_ratio": time["dense"] / time["ours"],
+            "cycle_megabytes": copies * case.weight_bytes >> 20,
             "weight_gbytes_per_second": case.weight_bytes / time["ours"] / 1e9,
             "share_of_read_bandwidth": case.weight_bytes / time["ours"] / read,
         }

@@ -8,6 +8,7 @@ from typing import Any
 import harness
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 from shapes import QUICK_BATCHES, QUICK_LAYERS, QUICK_REMOVED
 
 from finegates import _native
@@ -75,3 +76,6 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["cpu_name"] = cpu_name()
     machine_info["isa"] = _native.isa()
     machine_info["torch"] = torch.__version__
+    machine_info["last_level_cache"] = harness.last_level_cache()
+    commit = get_commit_info()
+    machine_info["commit"] = commit["id"] + (" and changes" if commit["dirty"] else "")

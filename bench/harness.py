@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,12 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 clock: Callable[[], float] = time.perf_counter
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def last_level_cache() -> int:
+    """Return the last-level cache's bytes as Linux tells them, 0 where it does not."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return 1024 * int(path.read_text().strip().rstrip("K")) if path.exists() else 0
 
 
 @dataclass

@@ -30,7 +30,7 @@ COMPILED_BATCHES = (1, 8, 128)
 
 COLD_LAYERS = ("3072x768", "2048x2048")
 COLD_BATCHES = (1, 8, 32)
-COLD_BYTES = 128 * 2**20  # four times this machine's last-level cache
+COLD_BYTES = 256 * 2**20  # several times any last-level cache, whose replacement is not exact
 
 DECODE_LAYERS = ("768x768", "2048x2048", "8192x2048")
 DECODE_BATCHES = (1, 4)

@@ -12,7 +12,8 @@ enum class Arithmetic { kFma, kDot };  // float32 multiply-add, bfloat16 dot pro
 // measurement for it. Takes about 20 ms of the thread's own time.
 double probe_flops(Arithmetic arithmetic);
 
-// Bytes a second read from `bytes` at `data`.
+// Bytes a second read from `bytes` at `data`: the best of several prefetch distances and numbers of
+// streams, a pass each.
 double probe_read(const uint8_t* data, size_t bytes);
 
 }  // namespace finegates

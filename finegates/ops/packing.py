@@ -15,8 +15,8 @@ class Entry(NamedTuple):
     """A packed weight and what it was packed from.
 
     The sources are aliases that keep their storage alive, so that an address can't come back with
-    other contents; with the version counters they tell any change, in place or by replacement. What
-    writes behind the version counters is told by `_steps`.
+    other contents; with the version counters they tell a change in place or by replacement. Of what
+    goes behind those counters `_steps` tells optimizers; a write through ``.data`` goes unseen.
     """
 
     sources: tuple[Tensor | None, ...]
