@@ -1,4 +1,4 @@
-"""An interleaved clock for GPUs, Liger's CSV columns, and a dry run on a CPU."""
+"""An interleaved clock for GPUs, CUDA graphs, a memory meter and Liger's CSV columns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import gpu_stand_in
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ import finegates
 
 # More than the L2 of an H100 (50 MiB) or a B200 (126 MiB): every call starts with cold caches.
 FLUSH_BYTES = 256 * 2**20
+# torch's allocator hands out multiples of this many bytes.
+BLOCK = 512
 COLUMNS = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
     "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
@@ -24,72 +27,101 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def device_name(device: str) -> str:
-    """Return the card's name, or the CPU's in a dry run."""
-    return torch.cuda.get_device_name() if device == "cuda" else "dry run on a CPU"
+class Clock:
+    """Times, memory and graphs of functions of nothing, on one device.
 
+    Args:
+        dry_run: run the same lines on a CPU, with `gpu_stand_in` for ``torch.cuda``.
+    """
 
-def time_interleaved(
-    candidates: dict[str, Callable[[], Any]], device: str, repeats: int
-) -> dict[str, tuple[float, float, float]]:
-    """Return milliseconds (p50, p20, p80) of each candidate, all in turn, caches flushed."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    if device == "cpu":
-        for name, run in candidates.items():
-            start = time.perf_counter()
+    def __init__(self, dry_run: bool = False) -> None:
+        self.cuda: Any = gpu_stand_in if dry_run else torch.cuda
+        self.device = "cpu" if dry_run else "cuda"
+        self.name: str = self.cuda.get_device_name()
+        self.warmups = 1 if dry_run else 3
+        size = 1 if dry_run else FLUSH_BYTES
+        self._flush = torch.empty(size, dtype=torch.int8, device=self.device)
+
+    def graphed(self, run: Callable[[], Any]) -> Callable[[], None]:
+        """Return the replay of ``run`` captured in a CUDA graph, its backward included."""
+        cuda = self.cuda
+        current, side = cuda.current_stream(), cuda.Stream()
+        side.wait_stream(current)
+        with cuda.stream(side):
+            for _ in range(self.warmups):
+                run()
+        current.wait_stream(side)
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
             run()
-            samples[name] = [1e3 * (time.perf_counter() - start)] * 2
-    else:
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def device_time(self, run: Callable[[], Any]) -> float:
+        """Return milliseconds of one call on the device, from cold caches."""
+        first, last = (self.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        first.record()
+        run()
+        last.record()
+        self.cuda.synchronize()
+        return float(first.elapsed_time(last))
+
+    def wall_time(self, run: Callable[[], Any]) -> float:
+        """Return milliseconds of one call as the host sees it: its own work and all waiting."""
+        self._flush.zero_()
+        self.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        self.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    def interleaved(
+        self,
+        candidates: dict[str, Callable[[], Any]],
+        measure: Callable[[Callable[[], Any]], float],
+        repeats: int,
+    ) -> dict[str, tuple[float, float, float]]:
+        """Return ``measure`` of each candidate, all in turn: p50, p20 and p80."""
+        samples: dict[str, list[float]] = {name: [] for name in candidates}
         for run in candidates.values():
-            for _ in range(3):
+            for _ in range(self.warmups):
                 run()
         for _ in range(repeats):
-            events = []
             for name, run in candidates.items():
-                flush.zero_()
-                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                first.record()
-                run()
-                last.record()
-                events.append((name, first, last))
-            torch.cuda.synchronize()
-            for name, first, last in events:
-                samples[name].append(first.elapsed_time(last))
-    return {name: _quantiles(values) for name, values in samples.items()}
+                samples[name].append(measure(run))
+        return {name: _quantiles(values) for name, values in samples.items()}
+
+    def peak_bytes(self, run: Callable[[], Any]) -> int:
+        """Return the peak of allocated memory during one call, above what was there before."""
+        run()
+        self.cuda.synchronize()
+        self.cuda.reset_peak_memory_stats()
+        before = self.cuda.memory_allocated()
+        run()
+        self.cuda.synchronize()
+        return int(self.cuda.max_memory_allocated() - before)
+
+    def held_bytes(self, forward: Callable[[], Tensor]) -> int:
+        """Return what one forward leaves allocated while its output and graph are held."""
+        forward()  # cuBLAS keeps a workspace from its first call
+        self.cuda.synchronize()
+        before = self.cuda.memory_allocated()
+        held = forward()
+        self.cuda.synchronize()
+        after = self.cuda.memory_allocated()
+        del held
+        return int(after - before)
+
+
+def allocated(*sizes: int) -> int:
+    """Return the bytes that torch's allocator takes for tensors of these sizes in bytes."""
+    return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
 def _quantiles(values: list[float]) -> tuple[float, float, float]:
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return statistics.median(values), fifths[0], fifths[3]
-
-
-def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Return the peak of allocated memory during one call, above what was there before."""
-    if device == "cpu":
-        run()
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated() - before)
-
-
-def graphed(run: Callable[[], Tensor], device: str) -> Callable[[], Any]:
-    """Return a replay of ``run`` captured in a CUDA graph."""
-    if device == "cpu":
-        return run
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def row(
@@ -101,15 +133,14 @@ def row(
     x: tuple[str, str, int],
     y: tuple[float, float, float],
     config: str,
-    device: str,
+    device_name: str,
     kept: float = 1.0,
-    ideal: float = 1.0,
 ) -> dict[str, Any]:
-    """Return one CSV row."""
+    """Return one CSV row; ``kept`` is the share of w in rows and columns that are open."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     values = (
-        name, provider, mode, metric, unit, *x, *y, config, device_name(device), stamp,
-        finegates.__version__, kept, ideal,
+        name, provider, mode, metric, unit, *x, *y, config, device_name, stamp,
+        finegates.__version__, kept, 1.0 / kept,
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 

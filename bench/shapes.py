@@ -61,6 +61,7 @@ GPU_LAYERS = {
 }
 GPU_TOKENS = (1024, 2048, 4096, 8192, 16384)
 GPU_DECODE = (1, 32)
+CLOSED = (0.0, 0.3, 0.6, 0.9)  # of each side's gates, for the weight in order
 GPU_TINY = {"tiny": (66, 70, True)}
 GPU_TINY_TOKENS = (33,)
 

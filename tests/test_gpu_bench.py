@@ -1,39 +1,68 @@
-"""The GPU benchmarks, run dry: every line once, on a CPU, with the kernels interpreted."""
+"""The GPU benchmarks, run dry on a CPU, and what they measure with, held against known answers."""
 
 from __future__ import annotations
 
 import csv
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import bench_gated_linear
+import gpu_clock
+import gpu_layers
+import gpu_stand_in
 import pytest
+import torch
+
+from finegates import GateConfig
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "providers", "count"),
+    ("script", "providers", "modes", "count"),
     [
-        ("bench_gated_linear.py", {"frozen", "naive", "compiled", "finegates"}, 18),
-        ("gpu_pruned_linear.py", {"dense", "torch", "finegates"}, 6),
+        (
+            "bench_gated_linear.py",
+            {
+                "frozen", "naive", "compiled", "trained", "finegates", "finegates-fused",
+                "finegates-fold", "finegates-trained", "finegates-compact-40%",
+                *(f"finegates-ordered-{share}%" for share in (0, 30, 60, 90)),
+            },
+            {"forward", "full", "full-eager"},
+            13 * 4,
+        ),
+        ("gpu_pruned_linear.py", {"dense", "torch", "finegates"}, {"forward"}, 6),
     ],
-)
-def test_dry_run(script: str, providers: set[str], count: int, tmp_path: Path) -> None:
+)  # fmt: skip
+def test_dry_run(
+    script: str, providers: set[str], modes: set[str], count: int, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
     output = tmp_path / "out.csv"
-    command = [sys.executable, str(BENCH / script), "--dry-run", "--output", str(output)]
+    command = [sys.executable, str(BENCH / script), "--dry-run", "--repeats", "2"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCH.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--output", str(output)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRONG" not in done.stdout
+    assert "met: " in done.stdout
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == count
-    assert providers <= {row["kernel_provider"] for row in rows}
-    assert {"kernel_name", "kernel_operation_mode", "metric_name", "y_value_50"} <= set(rows[0])
-    assert all(row["gpu_name"] == "dry run on a CPU" for row in rows)
+    assert {row["kernel_provider"] for row in rows} == providers
+    assert {row["kernel_operation_mode"] for row in rows} == modes
+    assert {row["gpu_name"] for row in rows} == {"dry run on a CPU"}
+    kept = {row["kernel_provider"]: float(row["kept_fraction"]) for row in rows}
+    assert all((share < 1.0) == (name[-1] == "%" and name[-3:] != "-0%")
+               for name, share in kept.items() if name.startswith("finegates-"))  # fmt: skip
 
 
 @pytest.mark.parametrize("script", ["bench_gated_linear.py", "gpu_pruned_linear.py"])
@@ -43,3 +72,136 @@ def test_without_a_gpu_it_says_so(script: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no GPU here" in done.stderr
+
+
+def test_the_stand_in_is_a_part_of_cuda() -> None:
+    """Every public name is torch's, with parameters that torch takes too."""
+    classes = {gpu_stand_in.Stream, gpu_stand_in.Event, gpu_stand_in.CUDAGraph}
+    for name, own in inspect.getmembers(gpu_stand_in):
+        if getattr(own, "__module__", None) != gpu_stand_in.__name__ or name.startswith("_"):
+            continue
+        theirs = getattr(torch.cuda, name)
+        if own in classes:
+            methods = [method for method in vars(own) if not method.startswith("_")]
+            assert all(callable(getattr(theirs, method)) for method in methods), name
+        elif inspect.isfunction(theirs):
+            assert len(inspect.signature(own).parameters) <= len(
+                inspect.signature(theirs).parameters
+            )
+
+
+def nothing() -> None:
+    """A call whose time nobody cares for."""
+
+
+def wait() -> None:
+    gpu_stand_in.synchronize()
+
+
+def early() -> None:
+    first, last = (gpu_stand_in.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    last.record()
+    first.elapsed_time(last)
+
+
+def cold() -> None:
+    with gpu_stand_in.graph(gpu_stand_in.CUDAGraph()):
+        pass
+
+
+def unordered() -> None:
+    with gpu_stand_in.stream(gpu_stand_in.Stream()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mistake", "complaint"),
+    [
+        (lambda: gpu_clock.Clock(dry_run=True).graphed(wait), "waited while a graph"),
+        (early, "not waited for"),
+        (cold, "without a warm-up"),
+        (unordered, "doesn't wait"),
+        (lambda: gpu_stand_in.CUDAGraph().replay(), "never captured"),
+    ],
+)
+def test_the_stand_in_refuses(mistake: Callable[[], Any], complaint: str) -> None:
+    with pytest.raises(RuntimeError, match=complaint):
+        mistake()
+
+
+def test_capture_warms_up_and_times_replays_only() -> None:
+    calls = []
+    clock = gpu_clock.Clock(dry_run=True)
+    replay = clock.graphed(lambda: calls.append(len(calls)))
+    assert len(calls) == clock.warmups + 1
+    for measure in (clock.device_time, clock.wall_time):
+        times = clock.interleaved({"replay": replay, "nothing": nothing}, measure, 5)
+        assert all(low <= middle <= high for middle, low, high in times.values())
+    assert len(calls) == clock.warmups + 1
+
+
+def test_calls_take_turns() -> None:
+    turns: list[str] = []
+    clock = gpu_clock.Clock(dry_run=True)
+    runs = {name: lambda name=name: turns.append(name) for name in "ab"}
+    clock.interleaved(runs, clock.device_time, 3)
+    assert turns == [*"ab", *"ababab"]
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Bytes that the stand-in's allocator reports, one after the other."""
+    answers: list[int] = []
+    monkeypatch.setattr(gpu_stand_in, "memory_allocated", lambda: answers.pop(0))
+    monkeypatch.setattr(gpu_stand_in, "max_memory_allocated", lambda: answers.pop(0))
+    yield answers
+    assert not answers
+
+
+def test_memory_is_counted_above_what_was_there(memory: list[int]) -> None:
+    clock = gpu_clock.Clock(dry_run=True)
+    memory[:] = [1000, 5000]
+    assert clock.peak_bytes(nothing) == 4000
+    memory[:] = [1000, 3000]
+    assert clock.held_bytes(lambda: torch.ones(2)) == 2000
+
+
+def test_memory_is_read_while_the_output_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = []
+
+    class Output:
+        def __init__(self) -> None:
+            alive.append(self)
+
+    monkeypatch.setattr(gpu_stand_in, "memory_allocated", lambda: sys.getrefcount(alive[-1]))
+    # One reference more than the list's, once the call has returned: the one that holds it.
+    assert gpu_clock.Clock(dry_run=True).held_bytes(Output) == 1
+
+
+def test_the_allocator_rounds_up() -> None:
+    assert gpu_clock.allocated(1, 512, 513, 0) == 512 + 512 + 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "compiled", "saved", "missed"),
+    [
+        ("roberta-base.up", 1.2, 2.0, 1536, 0),
+        ("roberta-base.up", 1.3, 2.0, 1536, 1),
+        ("roberta-base.up", 1.2, 1.7, 1536, 1),
+        ("llama-7b.up", 1.2, 1.3, 1537, 2),
+        ("llama-1b.qo", 1.1, 1.1, 0, 0),
+    ],
+)
+def test_bars(
+    name: str, ours: float, compiled: float, saved: int, missed: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The allowance of 66 rows and 70 columns is one block each for r, c and the seed."""
+    config = GateConfig(distribution="gaussian")
+    layer = gpu_layers.make((66, 70, True), 3, torch.float32, config, "cpu")
+    times = {"frozen": 1.0, "compiled": compiled, "finegates": ours}
+    assert bench_gated_linear.report(name, layer, times, saved) == missed
+    out = capsys.readouterr().out
+    assert out.count("MISSED") == missed
+    assert "at most 1536" in out
