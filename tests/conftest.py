@@ -19,6 +19,14 @@ from finegates import _env
 torch.utils._device._device_constructors()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--need-sanitizer",
+        action="store_true",
+        help="fail where compute-sanitizer is missing, instead of skipping",
+    )
+
+
 class _TorchRandom:
     """torch's generator as hypothesis wants it: seeded before every example."""
 

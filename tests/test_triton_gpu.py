@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 from finegates import FusedGatedLinear, GateConfig
-from finegates.ops import norm_gather, open_mass, pruned_linear, reference
+from finegates.ops import (
+    _triton_gated,
+    gated_matmul,
+    norm_gather,
+    open_mass,
+    pruned_linear,
+    reference,
+)
 from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, check, make
 from numerics import assert_no_worse
 
@@ -104,24 +112,68 @@ def layer_of(distribution: str) -> FusedGatedLinear:
     return layer
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
-def test_no_host_sync_and_cuda_graph(distribution: str) -> None:
-    """A step waits for nothing, and a captured one draws new gates at every replay."""
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_step_waits_for_nothing(distribution: str) -> None:
     layer = layer_of(distribution)
     x = torch.randn(256, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    with torch.no_grad():
-        layer.row_gate.logits.zero_()  # type: ignore[union-attr]
     layer(x).float().square().mean().backward()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         layer(x).float().square().mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            layer(x)
-    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("how", ["fused", "fold"])
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
+def test_a_captured_step_is_the_eager_one(
+    distribution: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward in one CUDA graph: replays follow the seed, to the bit."""
+    other = "the other one is tested"
+    answer = (None, other) if how == "fused" else (other, None)
+    monkeypatch.setattr(_triton_gated, "_fold_wins", lambda *_: answer)
+    case = make(256, 3072, 768, torch.bfloat16, distribution).to("cuda")
+    leaves = [t.requires_grad_() for t in (case.x, case.b, case.row_logits, case.column_logits)]
+    dy = torch.randn(256, 3072, device="cuda", dtype=torch.bfloat16)
+    assert case.seed is not None
+    first = case.seed.clone()
+
+    def step() -> list[torch.Tensor]:
+        y = gated_matmul(
+            case.x, case.w, case.b, case.row_logits, case.column_logits, case.seed,
+            distribution, case.config.constants, backend="triton",
+        )  # fmt: skip
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for seed in (first, first + 1):
+        case.seed.copy_(seed)
+        graph.replay()
+        seen.append([t.clone() for t in captured])
+        assert all(torch.equal(a, b) for a, b in zip(seen[-1], step(), strict=True))
+    assert all((a != b).any() for a, b in zip(*seen, strict=True))
+
+
+def test_a_captured_layer_draws_new_gates_at_every_replay() -> None:
+    layer = layer_of("gaussian")
+    with torch.no_grad():
+        layer.row_gate.logits.zero_()  # type: ignore[union-attr]
+    x = torch.randn(256, 768, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = layer(x)
@@ -138,14 +190,19 @@ def test_compiles_whole_with_inductor(distribution: str) -> None:
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
-def test_compute_sanitizer_is_clean() -> None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        pytest.skip("compute-sanitizer is not installed")
-    picked = "test_forward_and_gradients and (65 or 33) or test_compact_weight"
-    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-k", picked]
-    root = Path(__file__).parents[1]
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_is_clean(tool: str, request: pytest.FixtureRequest) -> None:
+    """Every kernel, each tensor in an allocation of its own, so that none hides in a neighbour."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        needed = request.config.getoption("--need-sanitizer")
+        (pytest.fail if needed else pytest.skip)("compute-sanitizer is not installed")
+    script = Path(__file__).with_name("every_kernel.py")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        [*command, __file__], cwd=root, capture_output=True, text=True, check=False
-    )
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)],
+        cwd=script.parents[1], env={**environment, "PYTHONPATH": str(script.parents[1])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
