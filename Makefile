@@ -26,11 +26,16 @@ bench-models: $(VENV)/.installed  ## whole models of known shapes against every 
 	  $(BIN)/finegates bench-model --shape $$shape --bars --json build/$$shape.json \
 	    --markdown build/$$shape.md --png build/$$shape.png || exit 1; done
 
-# With the caller's Python: the pins above are CPU builds of torch.
+# With the caller's Python: the pins above are CPU builds of torch. docs/kernels.md says what it
+# needs. Everything runs, whatever failed before; what failed is named last.
 gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=. $(PYTHON) bench/bench_gated_linear.py
-	PYTHONPATH=. $(PYTHON) bench/gpu_pruned_linear.py
+	failed=; \
+	for job in "-m pytest tests/test_triton_gpu.py --need-sanitizer" \
+	  "-m pytest -m gpu tests/test_finetune.py" \
+	  bench/bench_gated_linear.py bench/gpu_pruned_linear.py; do \
+	  PYTHONPATH=. $(PYTHON) $$job || failed="$$failed [$$job]"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 wheel: $(VENV)/.installed  ## sdist and wheel in dist/, tested in an empty environment
 	PYTHON=$(abspath $(BIN))/python .ci/wheel.sh
