@@ -16,6 +16,8 @@
 namespace finegates {
 namespace {
 
+constexpr int64_t kMaxSize = 1 << 24;   // of one dimension
+constexpr int64_t kMaxInner = 1 << 30;  // as in layout.cpp
 constexpr int64_t kNormRows = 16;       // rows of one norm task
 constexpr int64_t kAttentionRows = 56;  // four tiles
 // Up to this many rows a group's attention reads the cache as it is; packing it pays off later.
@@ -23,10 +25,24 @@ constexpr int64_t kFewRows = 16;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
+void check_pointers(const DecoderArgs& args) {
+  const Attention& a = args.attention;
+  bool missing = args.layers == nullptr || args.cache == nullptr || args.end_norm == nullptr ||
+                 args.x == nullptr || args.y == nullptr || a.cos == nullptr || a.sin == nullptr ||
+                 a.positions == nullptr;
+  for (int64_t i = 0; i < args.count && !missing; ++i) {
+    const DecoderLayer& layer = args.layers[i];
+    missing = layer.attention_norm == nullptr || layer.mlp_norm == nullptr ||
+              args.cache[2 * i] == nullptr || args.cache[2 * i + 1] == nullptr;
+  }
+  if (missing) fail("an operand of the decoder is null");
+}
+
 void check(const DecoderArgs& args) {
   const Attention& a = args.attention;
-  for (const int64_t size : {args.count, args.hidden, a.batch, a.queries, a.heads, a.groups}) {
-    if (size < 1 || size > 1 << 24) fail("a size of the decoder is outside [1, 2^24]");
+  for (const int64_t size :
+       {args.count, args.hidden, a.batch, a.queries, a.heads, a.groups, a.capacity}) {
+    if (size < 1 || size > kMaxSize) fail("a size of the decoder is outside [1, 2^24]");
   }
   if (a.head_dim < 2 || a.head_dim > kMaxHead || a.head_dim % 2 != 0) {
     fail("head_dim must be even and at most 256, got " + std::to_string(a.head_dim));
@@ -39,6 +55,14 @@ void check(const DecoderArgs& args) {
     fail("the cache has room for " + std::to_string(a.capacity) + " tokens, got " +
          std::to_string(a.past) + " and " + std::to_string(a.queries) + " new ones");
   }
+  // The scratch holds eight results of each row, none wider than this, and panels of all tokens.
+  const int64_t widest = std::max(kMaxInner, a.heads * a.head_dim);
+  int64_t bytes;
+  if (__builtin_mul_overflow(a.batch * a.queries, widest * 64, &bytes) ||
+      __builtin_mul_overflow(a.batch * a.groups, (a.capacity + kPanel) * kMaxHead * 16, &bytes)) {
+    fail("x or the cache has too many rows");
+  }
+  check_pointers(args);
   if (a.mask != nullptr && args.mask_tokens < a.tokens()) {
     fail("mask covers " + std::to_string(args.mask_tokens) + " tokens, not " +
          std::to_string(a.tokens()));
@@ -85,7 +109,6 @@ class Decoder {
  public:
   explicit Decoder(const DecoderArgs& args)
       : args_(args), isa_(kernels()), rows_(args.attention.batch * args.attention.queries) {
-    check(args);
     const Attention& a = args.attention;
     const int64_t few = a.queries * a.repeats();
     packs_ = few > kFewRows || a.head_dim % isa_.lanes != 0;
@@ -101,7 +124,7 @@ class Decoder {
     parallel(threads_, [&] {
       uint8_t* const scratch = thread_scratch(scratch_bytes_);
       if (scratch == nullptr) out_of_memory = true;
-      barrier();
+      barrier(threads_);
       if (!out_of_memory) work(scratch);
     });
     if (out_of_memory) throw std::bad_alloc();
@@ -194,12 +217,12 @@ class Decoder {
                       static_cast<uint8_t*>(y) + r * stride);
       }
     });
-    barrier();
+    barrier(threads_);
   }
 
   void linear(LinearTasks& tasks, uint8_t* scratch) const {
     tasks.run(scratch);
-    barrier();
+    barrier(threads_);
   }
 
   void attention(int64_t layer, Phases& p, uint8_t* scratch) const {
@@ -215,7 +238,7 @@ class Decoder {
     if (packs_) {
       p.append.run(
           pairs, [&](int64_t pair) { isa_.append(call, pair / call.groups, pair % call.groups); });
-      barrier();
+      barrier(threads_);
     }
     const int64_t blocks = divide_up(call.queries, attention_queries_);
     p.attend.run(pairs * blocks, [&](int64_t task) {
@@ -226,7 +249,7 @@ class Decoder {
       const int64_t queries = std::min(attention_queries_, call.queries - first);
       isa_.attend(call, batch, group, first, queries, scratch);
     });
-    barrier();
+    barrier(threads_);
   }
 
   void work(uint8_t* scratch) {
@@ -258,6 +281,9 @@ class Decoder {
 
 }  // namespace
 
-void decoder(const DecoderArgs& args) { Decoder(args).run(); }
+void decoder(const DecoderArgs& args) {
+  check(args);
+  Decoder(args).run();
+}
 
 }  // namespace finegates

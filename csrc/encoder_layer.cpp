@@ -48,18 +48,19 @@ LinearArgs linear(const PackedBytes& packed, const EncoderLayerArgs& args, int64
           activation,  nullptr,      0};
 }
 
-void check(const EncoderLayerArgs& a) {
+void check(const EncoderLayerArgs& a, int64_t inner) {
   for (const int64_t size : {a.sequences, a.length, a.features, a.heads, a.head_size}) {
     if (size < 0 || size > kMaxSize) throw std::invalid_argument("a size is outside [0, 2^30]");
   }
-  int64_t rows, bytes;
-  if (__builtin_mul_overflow(a.sequences, a.length, &rows) ||
-      __builtin_mul_overflow(rows, std::max<int64_t>(a.features, 1) * 16, &bytes)) {
-    throw std::invalid_argument("x has too many rows");
-  }
-  if (a.heads * a.head_size > kMaxSize || a.head_size < 1 || a.head_size > kMaxHeadSize) {
+  const int64_t width = a.heads * a.head_size;
+  if (width > kMaxSize || a.head_size < 1 || a.head_size > kMaxHeadSize) {
     throw std::invalid_argument("the head size must be 1 to " + std::to_string(kMaxHeadSize) +
                                 ", got " + std::to_string(a.head_size));
+  }
+  const int64_t rows = a.sequences * a.length;
+  int64_t bytes;
+  if (__builtin_mul_overflow(rows, std::max({a.features, 3 * width, inner}) * 16, &bytes)) {
+    throw std::invalid_argument("x has too many rows");
   }
   const bool missing = a.x == nullptr || a.y == nullptr || a.norm_weight[0] == nullptr ||
                        a.norm_weight[1] == nullptr || a.norm_bias[0] == nullptr ||
@@ -73,9 +74,9 @@ void check(const EncoderLayerArgs& a) {
 }  // namespace
 
 void encoder_layer(const EncoderLayerArgs& args) {
-  check(args);
-  const Kernels& isa = kernels();
   const int64_t inner = view(args.up.data, args.up.bytes).out_features;
+  check(args, inner);
+  const Kernels& isa = kernels();
   const int64_t width = args.heads * args.head_size;
   const int64_t group = std::max<int64_t>(1, kGroupRows / std::max<int64_t>(args.length, 1));
   const int64_t most_rows = std::min(group, args.sequences) * args.length;

@@ -189,8 +189,8 @@ void soften(Rows& rows, int64_t r, int64_t keys, int64_t padded, const uint8_t* 
   Vec::store(lanes, most);
   float highest = lanes[0];
   for (int i = 1; i < Vec::kLanes; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
-  if (highest == lowest) {
-    for (int64_t i = 0; i < padded; ++i) s[i] = 0.0f;
+  if (highest == lowest) {  // hidden keys become zeros, a NaN stays one
+    for (int64_t i = 0; i < padded; ++i) s[i] = s[i] == lowest ? 0.0f : s[i];
     return;
   }
   const F by = Vec::set(scale), shift = Vec::set(-highest * scale);
@@ -368,7 +368,6 @@ void attend(const Attention& t, int64_t batch, int64_t group, int64_t first_quer
     turn(reinterpret_cast<const T*>(t.q) + (row * t.heads + head) * t.head_dim,
          reinterpret_cast<const T*>(t.cos) + position, reinterpret_cast<const T*>(t.sin) + position,
          t.head_dim, q);
-    if (t.head_dim % 2 == 1) narrow(0.0f, q + t.head_dim);
   }
   const int64_t end = end_of_keys(t, first_query + queries - 1);
   for (int64_t key = engine.first; key < end; key += kKeyBlock) {

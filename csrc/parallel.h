@@ -30,11 +30,15 @@ void parallel(int threads, const Body& body) {
   body();
 }
 
-// Where each thread of the enclosing parallel() waits for the others.
-inline void barrier() {
+// Where each thread of the enclosing parallel(threads) waits for the others. A body that runs alone
+// waits for nobody: the barrier would be that of whatever region the caller is in.
+inline void barrier(int threads) {
 #ifdef _OPENMP
+  if (threads > 1) {
 #pragma omp barrier
+  }
 #endif
+  (void)threads;
 }
 
 }  // namespace finegates

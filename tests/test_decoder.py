@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from finegates import _native
-from finegates.ops import decoder, pack, reference, schema, unpack
+from finegates.ops import _cpu, decoder, pack, reference, schema, unpack
 from numerics import assert_no_worse
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
@@ -257,13 +259,111 @@ def test_as_torch_sees_it() -> None:
         ({"norms": 5 * (torch.ones(HIDDEN + 1),)}, "x must be"),
         ({"norms": (*4 * (torch.ones(HIDDEN),), torch.ones(3))}, "norms must be"),
         ({"keys": ()}, "keys must hold 2 tensors"),
-        ({"values": 2 * (torch.zeros(1, 2, 9, 16),)}, "keys and values must be"),
+        ({"values": 2 * (torch.zeros(1, 2, 9, 16),)}, "values must be"),
+        ({"keys": 2 * (torch.zeros(1, 2, 8),)}, "keys must be"),
+        ({"keys": 2 * (torch.zeros(1, 2, 8, 0),)}, "keys must be"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:
     stack = make()
     with pytest.raises(ValueError, match=message):
         stack(tokens(1, 1), stack.cache(1, 8), **{"past": 5, **change})
+
+
+@pytest.mark.parametrize(
+    "name", ["packed", "norms", "cos", "sin", "positions", "keys", "values", "mask"]
+)
+def test_operands_elsewhere(name: str) -> None:
+    stack, x = make(), tokens(1, 1)
+    given: dict[str, Any] = {
+        "packed": stack.packed,
+        "mask": torch.ones(1, 8).bool(),
+        **stack.arguments(x, stack.cache(1, 8), 5),
+    }
+    value = given[name]
+    moved = value.to("meta") if isinstance(value, Tensor) else [*value[:-1], value[-1].to("meta")]
+    with pytest.raises(ValueError, match=f"{name} must be .*meta"):
+        decoder(x, **{**given, name: moved})
+
+
+def test_null_pointers_and_impossible_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the extension itself refuses."""
+    stack, x, recorded = make(), tokens(1, 1), []
+    cache = stack.cache(1, 8)
+    layers = _cpu.DecoderLayers(stack.packed, stack.norms)
+    given = stack.arguments(x, cache, 5)
+    del given["norms"]
+    native = vars(_native._C) | {"decoder": lambda *args: recorded.extend(args)}
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpu, "_C", SimpleNamespace(**native))
+        _cpu.decoder(x, layers, mask=None, **given)
+
+    def call(changes: dict[int, object]) -> None:
+        _native._C.decoder(*(changes.get(i, value) for i, value in enumerate(recorded)))
+
+    for at in (0, 3, 4, 5, 13, 14, 16):
+        with pytest.raises(ValueError, match="is null"):
+            call({at: 0})
+    with pytest.raises(ValueError, match="is null"):
+        call({2: [*recorded[2][:-1], 0]})
+    with pytest.raises(ValueError, match="too many rows"):
+        call({10: (2**24, 8, *recorded[10][2:]), 11: 0})
+    for capacity in (-(2**63), 2**63 - 1, 0):
+        with pytest.raises(ValueError, match="size of the decoder"):
+            call({12: capacity})
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
+def test_nan_stays_one(dtype: torch.dtype, length: int) -> None:
+    """A query all of whose scores are NaN isn't one that sees nothing."""
+    stack, x = make(dtype=dtype), tokens(2, length, dtype)
+    cache = stack.cache(2, length + 4)
+    clean = stack(x, copies(cache), 4)
+    x[1, 0] = torch.nan
+    ours, plain = stack(x, copies(cache), 4), stack.plain(x, copies(cache), 4)
+    assert torch.equal(ours.isnan(), plain.isnan())
+    assert ours[1, 0].isnan().all()
+    assert torch.equal(ours[0], clean[0])
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
+def test_nan_scores_alone(dtype: torch.dtype, length: int) -> None:
+    """x and the values are finite; every key that the first token sees is NaN."""
+    stack, x = make(dtype=dtype), tokens(1, length, dtype)
+    cache = stack.cache(1, length + 4)
+    for keys in cache[:2]:
+        keys[:, :, :4] = torch.nan
+    mask = torch.ones(1, length, length + 4, dtype=torch.bool)
+    mask[:, :, 4:] = False
+    assert stack(x, copies(cache), 4, mask).isnan().all()
+    assert stack.plain(x, copies(cache), 4, mask).isnan().all()
+
+
+FOREIGN = """
+import ctypes, sys
+import torch
+sys.path.insert(0, {folder!r})
+from test_decoder import make, tokens
+torch.set_num_threads(2)
+stack, x = make(), tokens(2, 40)
+expected, results = stack(x, stack.cache(2, 50), 5), []
+openmp = ctypes.CDLL("libgomp.so.1")
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def body(_):
+    if openmp.omp_get_thread_num() == 0:
+        results.append(stack(x, stack.cache(2, 50), 5))
+openmp.GOMP_parallel(body, None, 2, 0)
+assert torch.equal(results[0], expected)
+"""
+
+
+def test_inside_a_foreign_parallel_region() -> None:
+    """It runs alone there and waits for no thread of that region."""
+    code = FOREIGN.format(folder=str(Path(__file__).parent))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
 
 
 def test_refuses_layers_that_do_not_fit() -> None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finegates import _native
-from finegates.ops import encoder_layer, pack, reference, schema, unpack, use_backend
+from finegates.ops import _cpu, encoder_layer, pack, reference, schema, unpack, use_backend
 from numerics import assert_no_worse
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
@@ -238,6 +239,51 @@ def test_backends_and_gradients() -> None:
 def test_refusals(change: dict[str, Any], x: Tensor, mask: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(make(), **change)(x, mask)
+
+
+@pytest.mark.parametrize("name", ["norms", "mask", "packed"])
+def test_operands_elsewhere(name: str) -> None:
+    layer, mask = make(), torch.ones(4, 4)
+    if name == "mask":
+        mask = mask.to("meta")
+    else:
+        operands = getattr(layer, name)
+        layer = replace(layer, **{name: (*operands[:-1], operands[-1].to("meta"))})
+    with pytest.raises(ValueError, match=f"{name} must be .*meta"):
+        layer(torch.randn(1, 4, 53), mask)
+
+
+def test_impossible_sizes_and_null_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the extension itself refuses."""
+    layer, x, mask, recorded = make(), torch.randn(1, 4, 53), torch.ones(4, 4), []
+    native = vars(_native._C) | {"encoder_layer": lambda *args: recorded.extend(args)}
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpu, "_C", SimpleNamespace(**native))
+        layer(x, mask)
+
+    def call(at: int, value: object) -> None:
+        _native._C.encoder_layer(*recorded[:at], value, *recorded[at + 1 :])  # type: ignore[union-attr]
+
+    with pytest.raises(ValueError, match="too many rows"):
+        call(3, [2**30, 2**30, *recorded[3][2:]])
+    for at, name in ((7, "x, y"), (8, "x, y"), (10, "mask")):
+        with pytest.raises(ValueError, match=f"{name} .*null"):
+            call(at, 0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
+def test_minus_infinity_throughout_is_nan(dtype: torch.dtype) -> None:
+    """As in torch's softmax; the dtype's lowest number leaves an even row."""
+    layer = make(dtype=dtype)
+    x = torch.randn(2, 9, 53).to(dtype)
+    rows = torch.zeros(9, 9, dtype=dtype)
+    rows[3] = -torch.inf
+    sequence = torch.zeros(2, 1, 1, 9, dtype=dtype)
+    sequence[1] = -torch.inf
+    for mask in (rows, sequence):
+        ours, plain = layer(x, mask), layer.plain(x, mask)
+        assert torch.equal(ours.isnan(), plain.isnan())
+        assert 0 < ours.isnan().sum() < ours.numel()
 
 
 def test_wrong_buffers() -> None:

@@ -75,7 +75,7 @@ def test_equals_the_linear_with_zeros(data: st.DataObject) -> None:
     for layer in (bare, pruned):
         assert (layer.in_features, layer.out_features) == (k, n)
     x = torch.randn(*shape, k).to(dtype)
-    act = reference._ACTIVATIONS[activation]
+    act = reference.ACTIVATION_FUNCTIONS[activation]
     with torch.no_grad():
         exact = act(copy.deepcopy(dense).double()(x.double()))
         sums = x.double().abs() @ dense.weight.double().abs().t()

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_choice
+from .checks import check_choice, check_device
 from .reference import Operands
 
 _C: Any = _native._C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 MOST_HEAD = 256  # features of a head of the decoder, as in csrc/kernels.h
+MOST_ENCODER_HEAD = 384  # the same of the encoder layer
 MOST_LAYERS = 8  # of one `pruned_linears` call, as in csrc/pruned_linear.cpp
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = {**_TYPES, torch.int8: 2}
@@ -516,13 +517,19 @@ def decoder(
             f"x must be {layers.dtype} [B, S, {layers.hidden}], got {x.dtype} {list(x.shape)}"
         )
     batch, queries, hidden = x.shape
-    _, groups, capacity, head = shape = keys[0].shape
-    if any(t.shape != shape or t.dtype != x.dtype or not t.is_contiguous()
-           for side in (keys, values) for t in side) or shape[0] != batch:  # fmt: skip
-        raise ValueError(
-            f"keys and values must be contiguous {x.dtype} [{batch}, G, C, D] of one shape, "
-            f"got {keys[0].dtype} {list(shape)} first"
-        )
+    shape = keys[0].shape
+    fits = len(shape) == 4 and shape[0] == batch and shape[3] > 0
+    for name, side in (("keys", keys), ("values", values)):
+        for t in side:
+            if not (
+                fits and t.shape == shape and t.dtype == x.dtype and t.is_cpu and t.is_contiguous()
+            ):
+                raise ValueError(
+                    f"{name} must be contiguous {x.dtype} [{batch}, G, C, D] of one shape on the "
+                    f"CPU, got {t.dtype} {list(t.shape)} on {t.device}"
+                )
+    _, groups, capacity, head = shape
+    check_device(x, cos=cos, sin=sin, positions=positions, mask=mask)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape[1] != head or table.dtype != x.dtype:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -40,6 +42,14 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Check an argument that has a few values."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_device(x: Tensor, **operands: Tensor | Sequence[Tensor] | None) -> None:
+    """Check that operands, by their names, are on x's device."""
+    for name, operand in operands.items():
+        for tensor in (operand,) if isinstance(operand, Tensor) else operand or ():
+            if tensor.device != x.device:
+                raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
 def check_residual(residual: Tensor | None, x: Tensor, out_features: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import register_fake
 
 from . import dispatch
-from .checks import check_choice, wants_gradient
+from .checks import check_choice, check_device, wants_gradient
 from .reference import ACTIVATIONS
 from .schema import _library as library
 from .schema import ops
@@ -46,7 +46,9 @@ def decoder(
     The norms are RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), queries and keys turn by halves
     of the head (Su et al. 2021, arXiv 2104.09864), H query heads share G key heads. The new keys
     and values are written into the cache. In fp32 a sequence's result is bitwise the same whatever
-    the batch, the padding on its left and the number of threads.
+    the batch and the number of threads, and whatever the padding on its left among calls with
+    S H / G ≤ 16 and among calls with more: few queries sum a score by lanes where D is a multiple
+    of the register's, many in one chain. A call of several tokens isn't bitwise as many of one.
 
     Args:
         x (`Tensor` [B, S, hidden]): float32 or bfloat16, S new tokens.
@@ -78,6 +80,10 @@ def decoder(
     ):  # fmt: skip
         if len(tensors) != wanted:
             raise ValueError(f"{name} must hold {wanted} tensors, got {len(tensors)}")
+    check_device(
+        x, packed=packed, norms=norms, cos=cos, sin=sin, positions=positions, keys=keys,
+        values=values, mask=mask,
+    )  # fmt: skip
     y: Tensor = ops.decoder.default(
         x, packed, norms, cos, sin, positions, keys, values, past, mask, eps, scale, activation
     )

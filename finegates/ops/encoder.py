@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import register_fake
 
 from . import _cpu, dispatch, eager
-from .checks import check_choice, transformed, wants_gradient
+from .checks import check_choice, check_device, transformed, wants_gradient
 from .reference import ACTIVATIONS
 from .schema import _library as library
 from .schema import ops
@@ -50,8 +50,9 @@ def encoder_layer(
         scale: of the scores.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"relu"``.
         mask (`Tensor`, *optional*): broadcastable to [B, heads, S, S]; bool keeps the keys where it
-            is True, float32 and bfloat16 are added to the scores. A row that keeps no key attends
-            to all of them alike.
+            is True, float32 and bfloat16 are added to the scores. A row that keeps no key, or to
+            which the dtype's lowest number is added throughout, attends to all keys alike; with -∞
+            throughout it is NaN, as its softmax is.
 
     Returns:
         `Tensor` [B, S, K] of x's dtype.
@@ -71,6 +72,7 @@ def encoder_layer(
                 f"got {norm.dtype} with shape {tuple(norm.shape)}"
             )
     check_choice("activation", activation, ACTIVATIONS)
+    check_device(x, packed=packed, norms=norms, mask=mask)
     if mask is not None:
         mask = _expanded(mask, (x.shape[0], heads, x.shape[1], x.shape[1]))
     args: tuple[Any, ...] = (x, packed, norms, eps, heads, head_size, scale, activation, mask)

@@ -15,14 +15,14 @@ from .gated_call import TENSORS, GatedCall
 
 DISTRIBUTIONS = ("ranking", "gaussian", "hard_concrete")
 _WORD = 0xFFFFFFFF
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda t: t,
     "gelu": F.gelu,
     "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
 }
-ACTIVATIONS = tuple(_ACTIVATIONS)
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 
 
 def _high_word(a: Tensor, b: int) -> Tensor:
@@ -181,7 +181,7 @@ def pruned_linear(
         `Tensor` [..., N] of x's dtype.
     """
     kept = x if columns is None else x.index_select(-1, columns)
-    y = _ACTIVATIONS[activation](
+    y = ACTIVATION_FUNCTIONS[activation](
         F.linear(kept.to(w.dtype), w, None if b is None else b.to(w.dtype))
     ).to(x.dtype)
     if rows is not None:
@@ -303,7 +303,7 @@ def decoder(
     if mask is not None:
         mask = mask[..., :tokens]
         seen = mask if mask.dim() == 3 else seen & mask[:, None]
-    hidden = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[:, None]
+    hidden = ~seen[:, None]
     cos, sin = cos[positions][:, None], sin[positions][:, None]
 
     def heads(y: Tensor) -> Tensor:
@@ -324,8 +324,9 @@ def decoder(
         repeats = query.shape[1] // keys[i].shape[1]
         all_keys = keys[i][:, :, :tokens].repeat_interleave(repeats, 1)
         all_values = values[i][:, :, :tokens].repeat_interleave(repeats, 1)
-        scores = query @ all_keys.mT * scale + hidden
-        shares = scores.to(torch.promote_types(x.dtype, torch.float32)).softmax(-1).nan_to_num(0.0)
+        scores = (query @ all_keys.mT * scale).masked_fill(hidden, -torch.inf)
+        wide = scores.to(torch.promote_types(x.dtype, torch.float32))
+        shares = wide.softmax(-1).masked_fill(hidden, 0.0)
         attended = (shares.to(x.dtype) @ all_values).transpose(1, 2).reshape(batch, queries, -1)
         x = packed_linear(attended, o, n_o, residual=x)
         inner = packed_glu(rms_norm(x, norms[2 * i + 1], eps), gate, up, n_inner, activation)
