@@ -85,11 +85,14 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 @pytest.mark.parametrize("cost", [0, 10**9], ids=["gathers", "multiplies-zeros"])
-def test_plain_linear(runtime: str, cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_plain_linear(
+    runtime: str, cost: int, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(_GATHER_COST, runtime, cost)
     linear = nn.Linear(11, 9)
     layer = PrunedLinear.from_linear(
-        linear, torch.tensor([1, 2, 8]), torch.tensor([0, 4, 5, 9])
+        linear, torch.tensor([1, 2, 8]), torch.tensor([0, 4, 5, 9]), activation
     ).eval()
     plain = PlainLinear(layer, runtime)
     assert plain.weight.shape == (3, 4 if cost == 0 else 11)

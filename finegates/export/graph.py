@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import PrunedLinear
+from ..ops.reference import ACTIVATION_FUNCTIONS
 from .dense import replaced
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -28,10 +29,10 @@ _GATHER_COST = {"onnx": 256, "openvino": 32}
 
 
 class PlainLinear(nn.Module):
-    """y[..., rows] = x[..., columns] wᵀ + b of a `PrunedLinear`, in operators that runtimes have.
+    """y[..., rows] = act(x[..., columns] wᵀ + b) of a `PrunedLinear`, in runtimes' operators.
 
     Args:
-        layer: the pruned layer, without an activation.
+        layer: the pruned layer.
         runtime: ``"onnx"`` scatters the kept rows into zeros; ``"openvino"``, whose scatter is
             slow, gathers them from the result and a zero. Columns are gathered where that costs
             less than multiplying by zeros.
@@ -48,6 +49,7 @@ class PlainLinear(nn.Module):
                 weight, columns = wide.index_copy(1, columns.long(), weight), None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
+        self.activation = ACTIVATION_FUNCTIONS[layer.activation]
         self.register_buffer("columns", None if columns is None else columns.long())
         rows = None if layer.rows is None else layer.rows.long()
         if rows is not None and not self.scatters:
@@ -62,7 +64,7 @@ class PlainLinear(nn.Module):
         """Map x [..., K] to y [..., N]."""
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
-        y = F.linear(x, self.weight, self.bias)
+        y = self.activation(F.linear(x, self.weight, self.bias))
         if self.rows is None:
             return y
         if self.scatters:
