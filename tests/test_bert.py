@@ -17,8 +17,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from finegates import optimize_for_cpu
+from finegates import optimize_for_cpu, restore_
 from finegates.serving.bert import FusedEncoderLayer
+from numerics import assert_models_no_worse
 from serving_case import pruned
 from tiny_models import VOCABULARY, build, inputs, logits
 
@@ -110,6 +111,47 @@ def test_other_layers_keep_their_forward(changes: dict[str, Any]) -> None:
     optimize_for_cpu(model)
     assert fused_layers(model) == 0
     torch.testing.assert_close(logits(model), before)
+
+
+def test_heads_the_kernel_cannot_hold_stay_plain() -> None:
+    model = build("bert", hidden_size=390, num_attention_heads=1)
+    before, exact = logits(model), logits(copy.deepcopy(model).double())
+    assert fused_layers(optimize_for_cpu(model)) == 0
+    assert_models_no_worse([logits(model)], [before], [exact])
+
+
+def test_follows_replaced_modules(calls: list[int]) -> None:
+    model = optimize_for_cpu(pruned("bert"))
+    before = logits(model)
+    layer = model.bert.encoder.layer[0]
+    layer.output.LayerNorm = nn.LayerNorm(24).requires_grad_(False)
+    calls.clear()
+    after = logits(model)
+    assert len(calls) == 2
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, logits(restore_(copy.deepcopy(model))))
+    inner = layer.intermediate.dense.out_features
+    layer.intermediate.dense = nn.Linear(24, inner).requires_grad_(False)
+    calls.clear()
+    torch.testing.assert_close(logits(model), logits(restore_(copy.deepcopy(model))))
+    assert len(calls) == 1
+
+
+def test_norms_of_another_dtype_take_the_layers_own_forward(calls: list[int]) -> None:
+    layer = optimize_for_cpu(pruned("bert")).bert.encoder.layer[1]
+    layer.output.LayerNorm.bfloat16()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mixed dtype"):  # torch's own
+        layer(torch.randn(1, 3, 24))
+    assert not calls
+
+
+def test_a_layer_with_hooks_inside_keeps_its_forward() -> None:
+    model = pruned("bert")
+    seen: list[int] = []
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: seen.append(1))
+    assert fused_layers(optimize_for_cpu(model)) == 1
+    logits(model)
+    assert seen == [1]
 
 
 def test_copies_and_compiles() -> None:

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer
 
 from finegates import GateMap, gate_, optimize_for_cpu, prune_, restore_
-from finegates.ops import _cpu
+from finegates.ops import _cpu, use_backend
 from finegates.serving import llama
 from finegates.serving.fused import FusedBlock
 from numerics import assert_no_worse
@@ -22,6 +27,8 @@ from shared_data import shared
 from tiny_models import VOCABULARY, inputs, logits
 
 FAMILIES = ("llama", "mistral", "qwen2")
+# Steps read the cache as it lies where a head fills whole registers, and panels of it elsewhere.
+HEADS = pytest.mark.parametrize("head_dim", [6, 16])
 
 
 def build(family: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -110,8 +117,9 @@ def test_what_goes_the_plain_way(calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_256_tokens(family: str, calls: list[int]) -> None:
-    plain = build(family, max_position_embeddings=512)
+@HEADS
+def test_same_256_tokens(family: str, head_dim: int, calls: list[int]) -> None:
+    plain = build(family, max_position_embeddings=512, head_dim=head_dim)
     assert torch.equal(generate(fused(plain), 256), generate(plain, 256))
     assert calls == [7, *[1] * 255]
 
@@ -150,8 +158,11 @@ def test_every_rope(rope: str) -> None:
     ],
     ids=["static", "beams", "padded", "padded-beams", "padded-static"],
 )
-def test_generates_the_same_tokens(options: dict[str, Any], calls: list[int]) -> None:
-    plain = build()
+@HEADS
+def test_generates_the_same_tokens(
+    options: dict[str, Any], head_dim: int, calls: list[int]
+) -> None:
+    plain = build(head_dim=head_dim)
     assert torch.equal(generate(fused(plain), **options), generate(plain, **options))
     assert len(calls) == 30
 
@@ -228,11 +239,12 @@ def test_int8() -> None:
     assert torch.equal(generate(ours, 30), generate(rounded, 30))
 
 
-def test_a_sequence_does_not_see_its_batch() -> None:
+@HEADS
+def test_a_sequence_does_not_see_its_batch(head_dim: int) -> None:
     """Bitwise through the model: prompt and steps, alone and padded on the left."""
-    ours, pads = fused(build()), (0, 3, 6)
+    ours, pads = fused(build(head_dim=head_dim)), (0, 3, 6)
     options = {"output_logits": True, "return_dict_in_generate": True}
-    batch = prompt(3, 9, pads)
+    batch = prompt(3, 8, pads)  # 16 rows for each key head, the most for the way of few
     together = generate(ours, 12, **batch, **options)
     for i, pad in enumerate(pads):
         alone = {name: t[i : i + 1, pad:] for name, t in batch.items()}
@@ -275,6 +287,235 @@ def test_follows_its_weights() -> None:
     restored = restore_(copied)
     assert type(restored.model) is type(plain.model)
     assert torch.equal(logits(restored), logits(plain))
+
+
+def replace_norm(model: Any) -> None:
+    model.model.layers[0].input_layernorm.weight = nn.Parameter(torch.full((24,), 0.3))
+
+
+def replace_norms_memory(model: Any) -> None:
+    model.model.layers[1].input_layernorm.weight.data = torch.linspace(-1, 1, 24)
+
+
+def write_norm_in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[::2] *= 1.5
+
+
+def load_layer(model: Any) -> None:
+    layer = model.model.layers[0]
+    state = layer.state_dict()
+    layer.load_state_dict({n: t * 0.5 if t.is_floating_point() else t for n, t in state.items()})
+
+
+def replace_layer(model: Any) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+
+
+def replace_linear(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = nn.Linear(mlp.down_proj.in_features, 24).requires_grad_(False)
+
+
+def drop_layers(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def use_fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "native"),
+    [
+        (replace_norm, True),
+        (replace_norms_memory, True),
+        (write_norm_in_place, True),
+        (load_layer, True),
+        (replace_layer, False),  # both cache as layer 0
+        (replace_linear, False),
+        (drop_layers, False),
+        (use_fewer_layers, False),
+    ],
+)
+def test_follows_every_change(change: Any, native: bool, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    options = {**inputs(), "use_cache": False}  # a layer that caches as another one breaks caches
+    ours = fused(build())
+    with torch.no_grad():
+        before = ours(**options).logits
+        change(ours)
+        calls.clear()
+        after = ours(**options).logits
+        assert len(calls) == native
+        torch.testing.assert_close(after, restore_(copy.deepcopy(ours))(**options).logits)
+    assert not torch.allclose(after, before)
+
+
+def test_follows_one_layers_dtype(calls: list[int]) -> None:
+    ours = fused(build())
+    logits(ours)
+    ours.model.layers.bfloat16()
+    ours.model.norm.bfloat16()
+    embeds = torch.randn(1, 5, 24).bfloat16()
+    with torch.no_grad():
+        native = ours.model(inputs_embeds=embeds).last_hidden_state
+        assert calls == [9, 5]
+        plain = restore_(ours).model(inputs_embeds=embeds).last_hidden_state
+    torch.testing.assert_close(native, plain, rtol=0.05, atol=0.05)
+
+
+def test_unknown_arguments_take_the_plain_way(calls: list[int]) -> None:
+    plain = build()
+    ours = fused(plain)
+    extras = {"token_type_ids": torch.zeros(3, 9).long(), "cache_position": torch.arange(9)}
+    with torch.no_grad():
+        a, b = (m(**inputs(), **extras).logits for m in (ours, plain))
+    torch.testing.assert_close(a, b)
+    assert calls == []
+
+
+def test_embeds_once() -> None:
+    ours = fused(build())
+    seen: list[int] = []
+    ours.model.embed_tokens.register_forward_hook(lambda *_: seen.append(1))
+    for changes in ({}, {"attention_mask": torch.randn(3, 1, 9, 9)}):
+        with torch.no_grad():
+            ours(**{**inputs(), **changes})
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("start", [-5, 10**9], ids=["negative", "huge"])
+def test_positions_anywhere(start: int, calls: list[int]) -> None:
+    plain = build()
+    ours = fused(plain)
+    positions = torch.arange(start, start + 9)[None]
+    with torch.no_grad():
+        a, b = (m(**inputs(), position_ids=positions).logits for m in (ours, plain))
+    torch.testing.assert_close(a, b)
+    assert calls == [9]
+
+
+def test_named_backends(calls: list[int]) -> None:
+    plain = build()
+    ours = fused(plain)
+    with use_backend("torch"):
+        torch.testing.assert_close(logits(ours), logits(plain))
+        assert torch.equal(generate(ours, 8), generate(plain, 8))
+    assert calls == []
+    with use_backend("native"):
+        torch.testing.assert_close(logits(ours), logits(plain))
+
+
+class OwnCache(DynamicCache):
+    """Somebody's cache, which may do more than ours knows."""
+
+
+class Wrapped:
+    """A cache without ``layers``."""
+
+    def __init__(self) -> None:
+        self.cache = DynamicCache()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("cache", "layers"):
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+
+def test_other_caches_take_the_plain_way(calls: list[int]) -> None:
+    plain = build()
+    ours = fused(plain)
+    for make in (OwnCache, Wrapped):
+        with torch.no_grad():
+            a, b = (m(**inputs(), past_key_values=make()).logits for m in (ours, plain))
+        torch.testing.assert_close(a, b)
+    assert calls == []
+
+
+def test_a_static_cache_with_uneven_layers_takes_the_plain_way(calls: list[int]) -> None:
+    ours = fused(build())
+    cache = StaticCache(config=ours.config, max_cache_len=24)
+    ids = prompt(1, 4)["input_ids"]
+    with torch.no_grad():
+        ours(ids, past_key_values=cache)
+        cache.layers[1].cumulative_length.sub_(1)
+        ours(ids, past_key_values=cache)
+    assert calls == [4]
+
+
+def add_hook(body: Any) -> None:
+    body.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def change_epsilon(body: Any) -> None:
+    body.layers[1].input_layernorm.variance_epsilon = 0.5
+
+
+def change_scale(body: Any) -> None:
+    body.layers[1].self_attn.scaling = 0.1
+
+
+def change_class(body: Any) -> None:
+    attention = body.layers[0].self_attn
+    attention.__class__ = type("Other", (type(attention),), {})
+
+
+@pytest.mark.parametrize("change", [add_hook, change_epsilon, change_scale, change_class])
+def test_uncommon_bodies_stay_plain(change: Any) -> None:
+    plain = build()
+    change(plain.model)
+    before = logits(plain)
+    ours = optimize_for_cpu(plain)
+    assert not isinstance(ours.model, FusedBlock)
+    torch.testing.assert_close(logits(ours), before)
+
+
+def test_hooks_of_transformers_leave_a_body_fusable() -> None:
+    plain = build()
+    with torch.no_grad():
+        plain(**inputs(), output_hidden_states=True)
+    assert any(m._forward_hooks for m in plain.model.layers.modules())
+    fused(plain)
+
+
+def test_a_cache_never_writes_into_what_it_was_given() -> None:
+    ours = fused(build())
+    ids = prompt(1, 8)["input_ids"]
+    cache = DynamicCache()
+    with torch.no_grad():
+        ours(ids, past_key_values=cache)
+        given = [layer.keys.clone() for layer in cache.layers]
+        before = [tokens.clone() for tokens in given]
+        for layer, tokens in zip(cache.layers, given, strict=True):
+            layer.keys = tokens
+        cache.crop(-4)
+        ours(ids[:, :2], past_key_values=cache)
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside() -> None:
+    plain = build()
+    ids = prompt(1, 9)["input_ids"]
+    results = []
+    for model in (fused(plain), plain):
+        cache = DynamicCache()
+        with torch.inference_mode():
+            model(ids[:, :5], past_key_values=cache)
+        with torch.no_grad():
+            model(ids[:, 5:7], past_key_values=cache)
+            results.append(plain(ids[:, 7:], past_key_values=cache).logits)
+    torch.testing.assert_close(*results)
+
+
+def test_a_refused_train_refuses_forward_until_eval() -> None:
+    ours = fused(build())
+    before = logits(ours)
+    with pytest.raises(RuntimeError, match=r"finegates\.restore_"):
+        ours.train()
+    with pytest.raises(RuntimeError, match=r"call eval\(\)"):
+        logits(ours)
+    assert torch.equal(logits(ours.eval()), before)
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,30 @@ def test_int8_rounds_weights() -> None:
 
 def test_refuses_to_train_and_recovers() -> None:
     model = optimize_for_cpu(pruned("bert"))
+    model(**inputs())  # no gradient is wanted: nothing requires one
     with pytest.raises(RuntimeError, match=r"finegates\.restore_"):
         model.train()
-    model(**inputs())  # no gradient is wanted: nothing requires one
-    assert restore_(model).train().training
+    with pytest.raises(RuntimeError, match=r"call eval\(\)"):
+        model(**inputs())  # dropout before the first packed layer would be on
+    assert not any(m.training for m in restore_(model).modules())
+    assert model.train().training
+
+
+def test_a_refused_train_refuses_plain_blocks_too() -> None:
+    model = optimize_for_cpu(nn.Sequential(nn.Dropout(), nn.Linear(4, 4)))
+    before = model(torch.ones(1, 4))
+    with pytest.raises(RuntimeError, match="can't train"):
+        model.train()
+    with pytest.raises(RuntimeError, match=r"call eval\(\)"):
+        model(torch.ones(1, 4))
+    assert torch.equal(model.eval()(torch.ones(1, 4)), before)
+
+
+def test_restores_gradients_of_parts_optimized_before_the_whole() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.LayerNorm(4))
+    optimize_for_cpu(model[0])
+    restore_(optimize_for_cpu(model))
+    assert all(p.requires_grad for p in (model[0][1].weight, model[1].weight))
 
 
 def test_generates_the_same_tokens() -> None:

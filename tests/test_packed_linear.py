@@ -108,6 +108,9 @@ def test_no_training_and_no_gradients() -> None:
     assert packed.eval() is packed
     with pytest.raises(RuntimeError, match=r"finegates\.restore_"):
         packed.train()
+    with pytest.raises(RuntimeError, match=r"call eval\(\)"):
+        packed(torch.ones(1, packed.in_features))
+    packed.eval()
     with pytest.raises(RuntimeError, match="no gradient"):
         packed(torch.randn(2, 37, requires_grad=True))
 

@@ -10,9 +10,9 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
-from ..ops import encoder_layer
+from ..ops import _cpu, encoder_layer
 from ..ops.checks import autocasts
-from .fused import FusedBlock
+from .fused import FusedBlock, hooked
 from .packed_linear import PackedLinear
 
 _SELF_ATTENTION = (BertSelfAttention, RobertaSelfAttention)
@@ -28,11 +28,11 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
 
 
-class Bound(NamedTuple):
+class Parts(NamedTuple):
     """What one call reads of the layer."""
 
     config: Any
-    linears: tuple[nn.Module, ...]
+    linears: tuple[PackedLinear, ...]
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
     heads: int
     head_size: int
@@ -44,8 +44,8 @@ class FusedEncoderLayer(FusedBlock):
     """`BertLayer` or `RobertaLayer` as `ops.encoder_layer`; its own forward for everything else.
 
     That is: caches, cross-attention, attention weights as output, masks that are no tensor of four
-    dimensions, other attention implementations than eager and sdpa, autocast, and float16. Hooks on
-    modules inside the layer run only there.
+    dimensions, other attention implementations than eager and sdpa, autocast, and float16. A layer
+    whose modules have hooks isn't fused; hooks that come later run only there.
     """
 
     @classmethod
@@ -61,16 +61,22 @@ class FusedEncoderLayer(FusedBlock):
         for layer in _linears(block):
             if not isinstance(layer, PackedLinear) or layer.activation != "none":
                 return "one of its Linears isn't packed"
+        width = attention.self.num_attention_heads * attention.self.attention_head_size
+        if not 0 < attention.self.attention_head_size <= _cpu.MOST_ENCODER_HEAD:
+            return f"heads of {attention.self.attention_head_size} features"
+        if any(layer.out_features != width for layer in _linears(block)[:3]):
+            return f"its query, key or value doesn't have {width} features"
         for norm in _norms(block):
             if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
                 return "one of its norms isn't a LayerNorm with weight and bias"
-        return None
+        module = hooked(*block.children())
+        return None if module is None else f"its {module} has hooks"
 
     @classmethod
-    def bind(cls, block: Any) -> Bound:
+    def bind(cls, block: Any) -> Parts:
         """Return the layer's parts and constants."""
         attention = block.attention.self
-        return Bound(
+        return Parts(
             attention.config,
             _linears(block),
             _norms(block),
@@ -90,39 +96,39 @@ class FusedEncoderLayer(FusedBlock):
         **kwargs: Any,
     ) -> Tensor:
         """Map hidden states [B, S, K] as the layer's own forward does."""
-        bound: Any = self._bound
-        config, linears, norms, heads, head_size, scale, activation = bound
+        parts: Parts | None = self.parts()
         if (
-            encoder_hidden_states is None
+            parts is not None
+            and encoder_hidden_states is None
             and past_key_values is None
             and hidden_states.dtype in _DTYPES
-            and not kwargs.get("output_attentions", config.output_attentions)
-            and config._attn_implementation in _ATTENTION
+            and not kwargs.get("output_attentions", parts.config.output_attentions)
+            and parts.config._attn_implementation in _ATTENTION
             and (
                 attention_mask is None
                 or isinstance(attention_mask, Tensor)
                 and attention_mask.dim() == 4
                 and attention_mask.dtype in _MASK_DTYPES
             )
-            and norms[0].weight.dtype is hidden_states.dtype
             and not autocasts(hidden_states)
             and not (hidden_states.requires_grad and torch.is_grad_enabled())
         ):
-            return encoder_layer(
-                hidden_states,
-                [layer._buffers["packed"] for layer in linears],
-                [
-                    p
-                    for norm in norms
-                    for p in (norm._parameters["weight"], norm._parameters["bias"])
-                ],
-                [norm.eps for norm in norms],
-                heads,
-                head_size,
-                scale,
-                activation,
-                attention_mask,
-            )
+            norms: list[Any] = [
+                norm._parameters[name] for norm in parts.norms for name in ("weight", "bias")
+            ]
+            if all(operand.dtype is hidden_states.dtype for operand in norms):
+                packed: list[Any] = [layer._buffers["packed"] for layer in parts.linears]
+                return encoder_layer(
+                    hidden_states,
+                    packed,
+                    norms,
+                    [norm.eps for norm in parts.norms],
+                    parts.heads,
+                    parts.head_size,
+                    parts.scale,
+                    parts.activation,
+                    attention_mask,
+                )
         y: Tensor = super().forward(
             hidden_states,
             attention_mask,
@@ -149,7 +155,7 @@ class FusedRobertaLayer(FusedEncoderLayer, RobertaLayer):  # type: ignore[no-unt
 FUSED = {BertLayer: FusedBertLayer, RobertaLayer: FusedRobertaLayer}
 
 
-def _linears(block: Any) -> tuple[nn.Module, ...]:
+def _linears(block: Any) -> tuple[Any, ...]:
     """Return query, key, value, output, up and down."""
     attention = block.attention
     heads = attention.self

@@ -12,10 +12,13 @@ _LEAST = 128  # tokens of room at the beginning
 
 
 class _Room:
-    """Cached tokens [B, G, T, D] at the beginning of a buffer with room for more."""
+    """Cached tokens [B, G, T, D] at the beginning of a buffer with room for more.
+
+    Tokens that somebody else made are never written: the first that follow go into a copy.
+    """
 
     def __init__(self, tokens: Tensor | None) -> None:
-        self.buffer = tokens
+        self.buffer, self.owned = tokens, False
         self.used = 0 if tokens is None or tokens.numel() == 0 else tokens.shape[-2]
 
     def tokens(self) -> Tensor | None:
@@ -31,12 +34,13 @@ class _Room:
             kept = (buffer.shape[0], buffer.shape[1], buffer.shape[3])
             if kept != (batch, groups, head) or buffer.dtype != dtype or not buffer.is_cpu:
                 return None
-            if buffer.shape[2] >= needed and buffer.is_contiguous():
+            if buffer.shape[2] >= needed and self.owned:
                 return buffer
-        grown = torch.empty(batch, groups, max(_LEAST, needed + needed // 2), head, dtype=dtype)
+        with torch.inference_mode(False):  # so that later steps may write outside that mode
+            grown = torch.empty(batch, groups, max(_LEAST, needed + needed // 2), head, dtype=dtype)
         if buffer is not None:
             grown[:, :, : self.used] = buffer[:, :, : self.used]
-        self.buffer = grown
+        self.buffer, self.owned = grown, True
         return grown
 
 
@@ -45,7 +49,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     To transformers it is a `DynamicLayer`: reading ``keys`` gives the T cached tokens. Assigning,
     as reordering does, starts from the assigned tensor, copied before it grows; cropping gives the
-    room back without a copy, so that tokens read before are written over.
+    room back without a copy, so that tokens read before from a buffer of ours are written over.
 
     Args:
         layer: the layer to take the place of; its tokens are kept.
@@ -97,7 +101,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Write new tokens behind the cached ones and return all of them."""
         same = key_states.shape == value_states.shape and key_states.dtype == value_states.dtype
         buffers = self.extend(key_states.shape, key_states.dtype) if same else None
-        if buffers is None or key_states.requires_grad:
+        if buffers is None or key_states.requires_grad or value_states.requires_grad:
             updated: tuple[Tensor, Tensor] = super().update(key_states, value_states)
             return updated
         start, new = self.get_seq_length(), key_states.shape[-2]

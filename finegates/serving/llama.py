@@ -7,24 +7,27 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from ..ops import _cpu
+from ..ops import _cpu, decoder, eager
 from ..ops.checks import transforms_run
-from .fused import FusedBlock
+from .fused import FusedBlock, hooked
 from .growing_cache import GrowingLayer
 from .packed_linear import PackedLinear
+
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as _RECORDABLE
+except ImportError:  # it is private; without it the class's own attribute says the same
+    _RECORDABLE = None  # type: ignore[assignment]
 
 _LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 _ACTIVATIONS = {
     SiLUActivation: "silu",
     nn.SiLU: "silu",
@@ -45,22 +48,22 @@ class _Cached(NamedTuple):
     layers: list[Any]  # of the cache, to be told afterwards
 
 
-class _Bound:
-    """Constants of a model body, and what is made from its weights on first use."""
+class _Constants(NamedTuple):
+    """What all layers of a body have in common."""
 
-    def __init__(self, body: Any) -> None:
-        attention = body.layers[0].self_attn
-        self.head = attention.head_dim
-        self.groups = attention.k_proj.out_features // self.head
-        self.scale = attention.scaling
-        self.eps = body.norm.variance_epsilon
-        self.activation = _ACTIVATIONS[type(body.layers[0].mlp.act_fn)]
-        self.forget()
+    head: int
+    scale: float
+    eps: float
+    activation: type[nn.Module]
 
-    def forget(self) -> None:
-        """Let go of what was made from weights that have moved."""
-        self.layers: _cpu.DecoderLayers | None = None
-        self.rope: tuple[Tensor, Tensor] | None = None
+
+class _Parts(NamedTuple):
+    """What a call reads of a model body."""
+
+    layers: _cpu.DecoderLayers
+    constants: _Constants
+    groups: int
+    tables: dict[torch.dtype, tuple[Tensor, Tensor]]  # cos and sin of the first positions
 
 
 class _FusedStack(FusedBlock):
@@ -68,11 +71,14 @@ class _FusedStack(FusedBlock):
 
     Served are calls with token ids or embeddings, any rope, no mask, a mask of tokens or a whole
     Boolean one, no cache, a dynamic or a static one. The rest takes the plain way: wanted hidden
-    states or attentions, other caches, float16, autocast, compiling. Hooks on modules inside the
-    body run only there.
+    states or attentions, other caches, float16, autocast, compiling. A body whose layers have hooks
+    isn't fused; hooks that come later run only there.
     """
 
     layer: ClassVar[type[nn.Module]]
+    attention: ClassVar[type[nn.Module]]
+    mlp: ClassVar[type[nn.Module]]
+    norm_class: ClassVar[type[nn.Module]]
 
     @classmethod
     def why_not(cls, block: Any) -> str | None:
@@ -80,34 +86,66 @@ class _FusedStack(FusedBlock):
         config, layers = block.config, block.layers
         if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
             return "some layers attend in a sliding window"
-        if getattr(config, "sliding_window", None) and cls.plain is MistralModel:
+        if getattr(config, "sliding_window", None) and cls.plain is mistral.MistralModel:
             return "its layers attend in a sliding window"
         if not getattr(config, "is_causal", True):
             return "its attention is not causal"
+        if len(layers) == 0 or type(block.norm) is not cls.norm_class:
+            return "it has no layers, or another norm at the end"
+        for i, layer in enumerate(layers):
+            reason = cls._layer_why_not(layer, i)
+            if reason is not None:
+                return f"layers.{i}: {reason}"
+        constants = {_constants(layer, norm) for layer in layers for norm in _norms(layer)}
+        if len({*constants, _constants(layers[0], block.norm)}) > 1:
+            return "its layers differ in head_dim, scaling, activation or epsilon"
         head = layers[0].self_attn.head_dim
-        if head % 2 or head > _cpu.MOST_HEAD:
+        if head % 2 or not 0 < head <= _cpu.MOST_HEAD:
             return f"heads of {head} features"
         if type(layers[0].mlp.act_fn) not in _ACTIVATIONS:
             return f"unknown activation {type(layers[0].mlp.act_fn).__name__}"
-        for name, layer in layers.named_children():
-            if type(layer) is not cls.layer:
-                return f"layers.{name} is a {type(layer).__name__}"
-            for path in _LINEARS:
-                linear = layer.get_submodule(path)
-                if not isinstance(linear, PackedLinear) or linear.activation != "none":
-                    return f"layers.{name}.{path} is not packed"
+        module = hooked(layers, block.norm)
+        if module is not None:
+            return f"its {module} has hooks"
         try:
             _decoder_layers(block)
         except ValueError as error:
             return str(error)
-        if block.rotary_emb(block.norm.weight[None, None], torch.zeros(1, 1))[0].shape[-1] != head:
+        if block.rotary_emb(torch.zeros(1, 1, 1), torch.zeros(1, 1))[0].shape[-1] != head:
             return "its rotary embedding turns a part of each head"
         return None
 
     @classmethod
-    def bind(cls, block: Any) -> _Bound:
-        """Return the body's constants."""
-        return _Bound(block)
+    def _layer_why_not(cls, layer: Any, index: int) -> str | None:
+        if type(layer) is not cls.layer:
+            return f"it is a {type(layer).__name__}"
+        parts = ((layer.self_attn, cls.attention), (layer.mlp, cls.mlp))
+        norms = ((norm, cls.norm_class) for norm in _norms(layer))
+        for part, kind in (*parts, *norms):
+            if type(part) is not kind:
+                return f"{type(part).__name__} in the place of {kind.__name__}"
+        attention: Any = layer.self_attn
+        if attention.layer_idx != index:
+            return f"it caches as layer {attention.layer_idx}"
+        for path in _LINEARS:
+            linear = layer.get_submodule(path)
+            if not isinstance(linear, PackedLinear) or linear.activation != "none":
+                return f"{path} is not packed"
+        return None
+
+    @classmethod
+    def take(cls, block: Any) -> None:
+        """Fuse a body in place."""
+        super().take(block)
+        if _RECORDABLE is not None:  # which outputs a class can record is looked up by its name
+            _RECORDABLE[block] = block._can_record_outputs
+
+    @classmethod
+    def bind(cls, block: Any) -> _Parts:
+        """Return the body's weights and constants."""
+        constants = _constants(block.layers[0], block.norm)
+        groups = block.layers[0].self_attn.k_proj.out_features // constants.head
+        return _Parts(_decoder_layers(block), constants, groups, {})
 
     def forward(
         self: Any,
@@ -120,20 +158,23 @@ class _FusedStack(FusedBlock):
         **kwargs: Any,
     ) -> Any:
         """Return what the plain forward returns, from one native call where that serves."""
-        output = None
+        parts: _Parts | None = None
         if (
             (input_ids is None) != (inputs_embeds is None)
-            and not any(value for key, value in kwargs.items() if key != "return_dict")
+            and all(v is None or v is False for key, v in kwargs.items() if key != "return_dict")
             and kwargs.get("return_dict", True) is not False
             and self._is_plain()
         ):
-            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            use_cache = self.config.use_cache if use_cache is None else use_cache
-            output = self._run(x, attention_mask, position_ids, past_key_values, use_cache)
-        if output is not None:
-            return output
-        # Which outputs a class can record is known by its name.
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
+            parts = self.parts()
+        if parts is not None:
+            if inputs_embeds is None:
+                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
+            caches = self.config.use_cache if use_cache is None else use_cache
+            output = self._run(
+                parts, inputs_embeds, attention_mask, position_ids, past_key_values, caches
+            )
+            if output is not None:
+                return output
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -155,24 +196,26 @@ class _FusedStack(FusedBlock):
             or getattr(config, "output_attentions", False)
             or config.return_dict is False
             or config._attn_implementation not in _MASKLESS
+            or config.num_hidden_layers != len(self.layers)
         )
 
     @torch.no_grad()
     def _run(
-        self: Any, x: Tensor, attention_mask: Any, positions: Tensor | None, cache: Any,
-        use_cache: bool | None,
+        self: Any, parts: _Parts, x: Tensor, attention_mask: Any, positions: Tensor | None,
+        cache: Any, use_cache: bool | None,
     ) -> BaseModelOutputWithPast | None:  # fmt: skip
         """Return the output, or None where the plain way has to serve."""
-        bound = self._bound
-        layers = bound.layers
-        if layers is None:
-            layers = bound.layers = _decoder_layers(self)
+        layers, constants = parts.layers, parts.constants
         if x.dtype != layers.dtype or not x.is_cpu or x.requires_grad or x.numel() == 0:
             return None
         batch, queries, _ = x.shape
+        if positions is not None and (
+            positions.is_floating_point() or positions.shape not in ((1, queries), (batch, queries))
+        ):
+            return None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        shape = (batch, bound.groups, queries, bound.head)
+        shape = (batch, parts.groups, queries, constants.head)
         cached = _cached(cache, layers.count, shape, x.dtype)
         if cached is None:
             return None
@@ -182,14 +225,14 @@ class _FusedStack(FusedBlock):
             return None
         if positions is None:
             positions = torch.arange(cached.past, tokens)[None]
-        elif positions.dim() != 2:
-            return None
-        positions = positions.expand(batch, queries)
-        cos, sin, rows = self._rope(x, positions)
-        y = _cpu.decoder(
-            x, layers, cos, sin, rows, cached.keys, cached.values, cached.past, mask,
-            bound.eps, bound.scale, bound.activation,
-        )  # fmt: skip
+        cos, sin, rows = self._rope(parts, x, positions.expand(batch, queries))
+        tensors = (cos, sin, rows, cached.keys, cached.values, cached.past, mask)
+        eps, scale, activation = constants.eps, constants.scale, _ACTIVATIONS[constants.activation]
+        if eager.is_plain(x):
+            y = _cpu.decoder(x, layers, *tensors, eps, scale, activation)
+        else:
+            y = decoder(x, layers.packed, layers.norms, *tensors,
+                        eps=eps, scale=scale, activation=activation)  # fmt: skip
         for layer in cached.layers:
             if isinstance(layer, GrowingLayer):
                 layer.advance(queries)
@@ -197,46 +240,47 @@ class _FusedStack(FusedBlock):
                 layer.cumulative_length.add_(queries)
         return BaseModelOutputWithPast(last_hidden_state=y, past_key_values=cache)
 
-    def _rope(self: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rope(
+        self: Any, parts: _Parts, x: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return cos and sin [P, D] and each token's row in them."""
-        if self.rotary_emb.rope_type not in _FIXED_ROPES:
+        low, high = (int(position) for position in positions.aminmax())
+        most = 2 * self.config.max_position_embeddings
+        if self.rotary_emb.rope_type not in _FIXED_ROPES or low < 0 or high >= most:
             cos, sin = self.rotary_emb(x, positions)
             rows = torch.arange(positions.numel()).view(positions.shape)
             return cos.flatten(0, 1), sin.flatten(0, 1), rows
-        most = int(positions.max())
-        table: Any = self._bound.rope
-        if table is None or table[0].dtype != x.dtype or len(table[0]) <= most:
-            every = torch.arange(max(256, 2 * most))[None]
+        table = parts.tables.get(x.dtype)
+        if table is None or len(table[0]) <= high:
+            every = torch.arange(min(max(256, 2 * high), most))[None]
             cos, sin = self.rotary_emb(x, every)
-            table = self._bound.rope = (cos[0], sin[0])
+            table = parts.tables[x.dtype] = (cos[0], sin[0])
         return *table, positions
 
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        """Forget the addresses of what moves."""
-        self._bound.forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self: Any, *args: Any) -> None:
-        self._bound.forget()
-        super()._load_from_state_dict(*args)
-
-
-class FusedLlamaModel(_FusedStack, LlamaModel):  # type: ignore[no-untyped-call]
+class FusedLlamaModel(_FusedStack, llama.LlamaModel):  # type: ignore[no-untyped-call]
     """`LlamaModel`, see `_FusedStack`."""
 
-    plain, layer = LlamaModel, LlamaDecoderLayer
+    plain, layer = llama.LlamaModel, llama.LlamaDecoderLayer
+    attention, mlp, norm_class = llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm
 
 
-class FusedMistralModel(_FusedStack, MistralModel):  # type: ignore[no-untyped-call]
+class FusedMistralModel(_FusedStack, mistral.MistralModel):  # type: ignore[no-untyped-call]
     """`MistralModel` without a sliding window, see `_FusedStack`."""
 
-    plain, layer = MistralModel, MistralDecoderLayer
+    plain, layer = mistral.MistralModel, mistral.MistralDecoderLayer
+    attention, mlp, norm_class = (
+        mistral.MistralAttention,
+        mistral.MistralMLP,
+        mistral.MistralRMSNorm,
+    )
 
 
-class FusedQwen2Model(_FusedStack, Qwen2Model):  # type: ignore[no-untyped-call]
+class FusedQwen2Model(_FusedStack, qwen2.Qwen2Model):  # type: ignore[no-untyped-call]
     """`Qwen2Model` without sliding windows, see `_FusedStack`."""
 
-    plain, layer = Qwen2Model, Qwen2DecoderLayer
+    plain, layer = qwen2.Qwen2Model, qwen2.Qwen2DecoderLayer
+    attention, mlp, norm_class = qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm
 
 
 FUSED = {c.plain: c for c in (FusedLlamaModel, FusedMistralModel, FusedQwen2Model)}
@@ -244,8 +288,19 @@ FUSED = {c.plain: c for c in (FusedLlamaModel, FusedMistralModel, FusedQwen2Mode
 
 def _decoder_layers(body: Any) -> _cpu.DecoderLayers:
     packed = [layer.get_submodule(path).packed for layer in body.layers for path in _LINEARS]
-    norms = [layer.get_submodule(name).weight for layer in body.layers for name in _NORMS]
+    norms = [norm.weight for layer in body.layers for norm in _norms(layer)]
     return _cpu.DecoderLayers(packed, [*norms, body.norm.weight])
+
+
+def _norms(layer: Any) -> tuple[Any, Any]:
+    return layer.input_layernorm, layer.post_attention_layernorm
+
+
+def _constants(layer: Any, norm: Any) -> _Constants:
+    attention = layer.self_attn
+    return _Constants(
+        attention.head_dim, attention.scaling, norm.variance_epsilon, type(layer.mlp.act_fn)
+    )
 
 
 _UNKNOWN = object()
@@ -277,6 +332,8 @@ def _cached(
     if cache is None:  # nobody reads them again, so that all layers may share
         keys, values = torch.empty(2, *shape, dtype=dtype)
         return _Cached([keys] * count, [values] * count, 0, [])
+    if type(cache) not in (DynamicCache, StaticCache):
+        return None
     if (
         type(cache) is DynamicCache
         and not cache.layers
@@ -321,7 +378,10 @@ def _static(
     past = int(layers[0].cumulative_length)
     wanted = (batch, groups, layers[0].max_cache_len, head)
     if past + queries > wanted[2] or any(
-        layer.keys.shape != wanted or layer.values.shape != wanted or layer.keys.dtype != dtype
+        int(layer.cumulative_length) != past
+        or layer.keys.shape != wanted
+        or layer.values.shape != wanted
+        or layer.keys.dtype != dtype
         for layer in layers
     ):
         return None

@@ -94,10 +94,12 @@ def restore_(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.release()
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        model.eval()  # a refused train() stops half-way
     _replace(model, lambda m: m.unpack() if isinstance(m, PackedLinear) else m)
-    frozen = model.__dict__.pop(_FROZEN, ())
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(True)
+    for module in model.modules():  # parts may have been optimized before the whole
+        for name in module.__dict__.pop(_FROZEN, ()):
+            module.get_parameter(name).requires_grad_(True)
     return model
 
 

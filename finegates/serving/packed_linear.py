@@ -127,9 +127,13 @@ class PackedLinear(nn.Module):
         """Map x [..., K] to y [..., N].
 
         Raises:
-            RuntimeError: a gradient is wanted.
+            RuntimeError: a gradient is wanted, or `train` was called.
             ValueError, TypeError: x's last dimension, dtype or device doesn't fit.
         """
+        if self.training:
+            raise RuntimeError(
+                "a packed layer can't train; call eval() or finegates.restore_(model)"
+            )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a packed layer has no gradient; call it under torch.no_grad()")
         return packed_linear(x, self.packed, self.out_features, self.activation)
@@ -137,14 +141,18 @@ class PackedLinear(nn.Module):
     def train(self, mode: bool = True) -> PackedLinear:
         """Refuse: there is nothing here that an optimizer could change.
 
+        A model's own `train` has put the modules before this one into training mode by then, so
+        `forward` refuses too until ``eval()``.
+
         Raises:
             RuntimeError: ``mode`` is True.
         """
+        super().train(mode)
         if mode:
             raise RuntimeError(
                 "a packed layer can't train; finegates.restore_(model) unpacks the model"
             )
-        return super().train(False)
+        return self
 
     def extra_repr(self) -> str:
         """Return sizes, kept counts and dtype for `repr`."""
