@@ -27,6 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu"
 BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
 COMPILED_BAR = 1.5  # times faster than torch.compile of naive gates, at RoBERTa-base
 SEED_BYTES = 16
+UNITS = {"speed": "ms", "memory": "MB", "held": "bytes"}
 
 
 def correct(ways: dict[str, Provider]) -> dict[str, Provider]:
@@ -45,28 +46,35 @@ def correct(ways: dict[str, Provider]) -> dict[str, Provider]:
 
 def measure(
     ways: dict[str, Provider], clock: Clock, repeats: int
-) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Return (p50, p20, p80) by mode and provider: milliseconds, MB of memory."""
-    eager = {name: provider.step for name, provider in ways.items()}
-    times = {
-        mode: clock.interleaved(
+) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
+    """Return (p50, p20, p80) of every provider by mode and metric, in the units of `UNITS`."""
+    forward = {name: provider.forward for name, provider in ways.items()}
+    full = {name: provider.step for name, provider in ways.items()}
+    found = {
+        (mode, "speed"): clock.interleaved(
             {name: clock.graphed(run) for name, run in runs.items()}, clock.device_time, repeats
         )
-        for mode, runs in (
-            ("forward", {name: provider.forward for name, provider in ways.items()}),
-            ("full", eager),
-        )
+        for mode, runs in (("forward", forward), ("full", full))
     }
-    times["full-eager"] = clock.interleaved(eager, clock.wall_time, repeats)
-    times["memory"] = {name: (clock.peak_bytes(run) / 2**20,) * 3 for name, run in eager.items()}
-    return times
+    found["full-eager", "speed"] = clock.interleaved(full, clock.wall_time, repeats)
+    found["full", "memory"] = {
+        name: (clock.peak_bytes(run) / 2**20,) * 3 for name, run in full.items()
+    }
+    found["forward", "held"] = {name: (clock.held_bytes(run),) * 3 for name, run in forward.items()}
+    return found
 
 
-def report(name: str, layer: Layer, milliseconds: dict[str, float], saved: int) -> int:
-    """Print a step's times and saved bytes against the bars; return how many are missed."""
+def report(name: str, layer: Layer, milliseconds: dict[str, float], saved: float) -> int:
+    """Print a step's times, and the bytes saved for backward, against the bars.
+
+    Returns:
+        How many bars are missed.
+    """
     n, k = layer.w.shape
     allowance = allocated(4 * n, 4 * k, SEED_BYTES)
-    verdicts = [(saved <= allowance, f"saves {saved} bytes more than frozen, at most {allowance}")]
+    verdicts = [
+        (saved <= allowance, f"saves {saved:.0f} bytes more than frozen, at most {allowance}")
+    ]
     ratio = milliseconds["finegates"] / milliseconds["frozen"]
     faster = milliseconds["compiled"] / milliseconds["finegates"]
     bar = next((bar for start, bar in BARS.items() if name.startswith(start)), None)
@@ -101,18 +109,17 @@ def run(arguments: argparse.Namespace) -> int:
             wrong += len(every) - len(ways)
             found = measure(ways, clock, arguments.repeats)
             label = f"{name} {shape[0]}x{shape[1]} {dtype} {arguments.distribution}"
-            for mode, times in found.items():
-                metric, unit = ("memory", "MB") if mode == "memory" else ("speed", "ms")
-                mode = "full" if mode == "memory" else mode
-                for provider, y in times.items():
+            for (mode, metric), values in found.items():
+                for provider, y in values.items():
                     rows.append(
-                        row("gated_linear", provider, mode, metric, unit, ("M", "tokens", m), y,
-                            label, clock.name, ways[provider].layer.kept)
+                        row("gated_linear", provider, mode, metric, UNITS[metric],
+                            ("M", "tokens", m), y, label, clock.name, ways[provider].layer.kept)
                     )  # fmt: skip
             write(arguments.output, rows)
             if "finegates" in ways:
-                saved = clock.held_bytes(layer.gated) - clock.held_bytes(layer.plain)
-                steps = {provider: y[0] for provider, y in found["full"].items()}
+                held = found["forward", "held"]
+                saved = held["finegates"][0] - held["frozen"][0]
+                steps = {provider: y[0] for provider, y in found["full", "speed"].items()}
                 missed += report(name, layer, steps, saved)
     sys.stdout.write(f"{len(rows)} rows of {clock.name} in {arguments.output}\n")
     return int(wrong > 0 or (missed > 0 and not dry))

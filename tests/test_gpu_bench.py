@@ -35,7 +35,7 @@ BENCH = Path(__file__).parents[1] / "bench"
                 *(f"finegates-ordered-{share}%" for share in (0, 30, 60, 90)),
             },
             {"forward", "full", "full-eager"},
-            13 * 4,
+            13 * 5,
         ),
         ("gpu_pruned_linear.py", {"dense", "torch", "finegates"}, {"forward"}, 6),
     ],
