@@ -17,8 +17,7 @@ class Bound:
     """What a block was found to hold, and how to see that it holds something else now.
 
     Modules, parameters and buffers are compared one by one with those of the beginning, parameters
-    by address as well, since ``.to()`` gives them other memory: 20 ns each, 30 µs a call of a body
-    of 30 layers.
+    by address as well, since ``.to()`` gives them other memory.
 
     Args:
         block: the block.
