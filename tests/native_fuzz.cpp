@@ -17,6 +17,8 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/decoder.h"
+#include "../csrc/encoder_layer.h"
 #include "../csrc/isa.h"
 #include "../csrc/layout.h"
 #include "../csrc/pruned_linear.h"
@@ -413,6 +415,143 @@ void hostile_pack(Random& random) {
   }
 }
 
+// `count` random numbers of a type.
+Bytes some_numbers(Random& random, Type type, int64_t count) {
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  Bytes numbers(count * type_bytes(type), 0);
+  for (int64_t i = 0; i < count; ++i) put(numbers.data, type, i, uniform(random));
+  return numbers;
+}
+
+// A random layer of any weight type that keeps some rows and columns.
+Buffer some_layer(Random& random, int64_t out, int64_t in, size_t* size) {
+  const int64_t n = draw(random, 0, out), k = draw(random, 0, in);
+  const std::vector<int32_t> rows = choose(random, out, n), columns = choose(random, in, k);
+  std::vector<float> weight, bias;
+  return pack_random({static_cast<Type>(draw(random, 0, 2)), n, k, out, in, true, true, true,
+                      rows.data(), columns.data()},
+                     random, weight, bias, size);
+}
+
+// A sequence comes out of an encoder layer as it does alone, and impossible sizes are refused.
+void check_encoder(Random& random) {
+  const Type type = static_cast<Type>(draw(random, 0, 1));
+  const int64_t heads = draw(random, 1, 3), head = draw(random, 1, 40), width = heads * head;
+  const int64_t features = draw(random, 1, 70), inner = draw(random, 1, 90);
+  const int64_t sequences = draw(random, 1, 3), length = draw(random, 1, 40);
+  const int64_t sides[6][2] = {{width, features}, {width, features}, {width, features},
+                               {features, width}, {inner, features}, {features, inner}};
+  Buffer layers[6];
+  PackedBytes packed[6];
+  for (int i = 0; i < 6; ++i) {
+    layers[i] = some_layer(random, sides[i][0], sides[i][1], &packed[i].bytes);
+    packed[i].data = layers[i].get();
+  }
+  const int64_t element = type_bytes(type), bytes = length * features * element;
+  const Bytes norms = some_numbers(random, type, 4 * features);
+  const Bytes x = some_numbers(random, type, sequences * length * features);
+  Bytes y(sequences * bytes, 0), alone(bytes, 0);
+  const auto norm = [&](int i) { return norms.data + i * features * element; };
+  EncoderLayerArgs args = {packed[0],
+                           packed[1],
+                           packed[2],
+                           packed[3],
+                           packed[4],
+                           packed[5],
+                           {norm(0), norm(1)},
+                           {norm(2), norm(3)},
+                           {1e-5f, 1e-12f},
+                           static_cast<Activation>(draw(random, 0, 4)),
+                           heads,
+                           head,
+                           0.3f,
+                           type,
+                           x.data,
+                           y.data,
+                           sequences,
+                           length,
+                           features,
+                           Mask::kNone,
+                           nullptr,
+                           {}};
+  encoder_layer(args);
+  const int64_t at = draw(random, 0, sequences - 1) * bytes;
+  args.x = x.data + at, args.y = alone.data, args.sequences = 1;
+  encoder_layer(args);
+  if (std::memcmp(alone.data, y.data + at, bytes)) die("a sequence alone differs");
+  int64_t* const sizes[] = {&args.heads, &args.head_size, &args.sequences, &args.length,
+                            &args.features};
+  *sizes[draw(random, 0, 4)] = impossible(random);
+  if (!refused([&] { encoder_layer(args); })) die("an impossible encoder ran");
+}
+
+// A batch entry comes out of the decoder as it does alone, and impossible sizes are refused.
+void check_decoder(Random& random) {
+  const Type type = static_cast<Type>(draw(random, 0, 1));
+  const int64_t groups = draw(random, 1, 2), heads = groups * draw(random, 1, 3);
+  const int64_t head = 2 * draw(random, 1, 32), count = draw(random, 1, 2);
+  const int64_t hidden = draw(random, 1, 70), inner = draw(random, 1, 90);
+  const int64_t batch = draw(random, 1, 3), queries = draw(random, 1, 30);
+  const int64_t past = draw(random, 0, 50), capacity = past + queries + draw(random, 0, 5);
+  const int64_t q = heads * head, kv = groups * head;
+  const int64_t sides[7][2] = {{q, hidden},     {kv, hidden},    {kv, hidden},   {hidden, q},
+                               {inner, hidden}, {inner, hidden}, {hidden, inner}};
+  const Bytes norm = some_numbers(random, type, hidden);
+  std::vector<Buffer> buffers;
+  std::vector<DecoderLayer> layers(count);
+  std::vector<Bytes> caches;
+  std::vector<void*> cache;
+  for (DecoderLayer& layer : layers) {
+    layer.attention_norm = layer.mlp_norm = norm.data;
+    for (int i = 0; i < 7; ++i) {
+      if (i == 5) {  // gate and up keep the same rows and columns
+        layer.packed[5] = layer.packed[4], layer.packed_bytes[5] = layer.packed_bytes[4];
+        continue;
+      }
+      size_t size;
+      buffers.push_back(some_layer(random, sides[i][0], sides[i][1], &size));
+      layer.packed[i] = buffers.back().get();
+      layer.packed_bytes[i] = static_cast<int64_t>(size);
+    }
+    for (int i = 0; i < 2; ++i) {
+      caches.push_back(some_numbers(random, type, batch * groups * capacity * head));
+      cache.push_back(caches.back().data);
+    }
+  }
+  const int64_t element = type_bytes(type), bytes = queries * hidden * element;
+  const Bytes x = some_numbers(random, type, batch * queries * hidden);
+  const Bytes cos = some_numbers(random, type, capacity * head);
+  const Bytes sin = some_numbers(random, type, capacity * head);
+  std::vector<int64_t> positions(batch * queries);
+  for (int64_t& position : positions) position = draw(random, 0, capacity - 1);
+  Bytes y(batch * bytes, 0), alone(bytes, 0);
+  Attention attention = {};
+  attention.type = type;
+  attention.batch = batch, attention.queries = queries;
+  attention.heads = heads, attention.groups = groups, attention.head_dim = head;
+  attention.past = past, attention.capacity = capacity;
+  attention.cos = cos.data, attention.sin = sin.data;
+  attention.positions = positions.data();
+  attention.causal = true;
+  attention.scale = 0.3f;
+  DecoderArgs args = {layers.data(), count, cache.data(),      norm.data, x.data, y.data,
+                      hidden,        1e-5f, Activation::kSilu, capacity,  0,      attention};
+  decoder(args);
+  const int64_t b = draw(random, 0, batch - 1);
+  for (void*& tokens : cache) {
+    tokens = static_cast<uint8_t*>(tokens) + b * groups * capacity * head * element;
+  }
+  args.x = x.data + b * bytes, args.y = alone.data;
+  args.attention.batch = 1, args.attention.positions += b * queries;
+  decoder(args);
+  if (std::memcmp(alone.data, y.data + b * bytes, bytes)) die("a batch entry alone differs");
+  Attention& a = args.attention;
+  int64_t* const sizes[] = {&args.count, &args.hidden, &a.batch,    &a.queries,
+                            &a.heads,    &a.groups,    &a.head_dim, &a.past};
+  *sizes[draw(random, 0, 7)] = impossible(random);
+  if (!refused([&] { decoder(args); })) die("an impossible decoder ran");
+}
+
 void work(double seconds, uint64_t seed, int64_t* cases) {
   Random random(seed);
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
@@ -425,6 +564,8 @@ void work(double seconds, uint64_t seed, int64_t* cases) {
     check_together(c, y.data, random);
     for (int i = 0; i < 5; ++i) hostile(random);
     for (int i = 0; i < 5; ++i) hostile_pack(random);
+    check_encoder(random);
+    check_decoder(random);
   }
 }
 

@@ -549,6 +549,20 @@ def test_codes_that_do_not_fit_an_int() -> None:
                 _cpu._C.pruned_linear(*call[:at], code, *call[at + 1 :])
 
 
+def test_null_pointers_are_value_errors() -> None:
+    layer, x, y = Layer(50, 40, 33, 29), random(3, 40), torch.empty(3, 50)
+    packed = (layer.packed.data_ptr(), layer.packed.numel())
+    call = [*packed, x.data_ptr(), 3, 40, 40, 0, y.data_ptr(), 50, 0, 0]
+    for at, message in ((0, "too short"), (2, "x or y is null"), (7, "x or y is null")):
+        with pytest.raises(ValueError, match=message):
+            _cpu._C.pruned_linear(*call[:at], 0, *call[at + 1 :])
+    for pair in ((0, packed[1], *packed), (*packed, 0, packed[1])):
+        with pytest.raises(ValueError, match="too short"):
+            _cpu._C.pruned_glu(*pair, *call[2:9], 0)
+    with pytest.raises(ValueError, match="x or y is null"):
+        _cpu._C.pruned_linears([*packed, 0, 50], *call[2:7])
+
+
 @pytest.mark.parametrize("huge", [2**31 + 1, 2**61, 2**63 - 1])
 def test_sizes_that_would_overflow(huge: int) -> None:
     layer, x, y = Layer(50, 40, 33, 29), random(3, 40), torch.empty(3, 50)
