@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from . import fold, gated_matmul, norm_gather, open_mass
 from . import gated_matmul_bwd as bwd
-from .launch import GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, gemm_options
+from .launch import GATHER_ROWS, GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, gemm_options
 
 RESOURCES = Path(__file__).with_name("resources.json")
 
@@ -62,68 +62,120 @@ _INNER = {"stride_xk": 1, "stride_wk": 1, "stride_dyn": 1}
 
 
 class Variant(NamedTuple):
-    """One specialisation: its row of the launch table or its launch, its constants."""
+    """One specialisation: its row of the launch table or its launch, its constants.
+
+    A pointer that no constant makes None is there. ``few`` is for tokens up to `GATHER_ROWS`, which
+    take no tile of twice as many; ``divisible`` says that sizes and strides are multiples of 16, as
+    the models' are.
+    """
 
     name: str
     kernel: Any
     table: str | dict[str, Any]
     constants: dict[str, Any]
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    few: bool = False
+    divisible: bool = True
 
 
-_SAMPLED = {"residual_ptr": None, "ACTIVATION": "none", "GATHERED": False, **_DENSE, **_INNER}
+_EVERY = ("fp16", "bf16", "fp32")
+_16 = ("bf16",)
+_SAMPLED = {"residual_ptr": None, "ACTIVATION": "none", "GATHERED": False, **_INNER}
 _OPEN = {"ROW": "none", "COLUMN": "none", "r_ptr": None, "c_ptr": None}
+_PRUNED = {"ACTIVATION": "gelu", **_OPEN, **_GATES, **_INNER}
 _FROZEN = {"CLOSED_GRAD": False, **_INNER}
-_REDUCED = {"NOISE": True, "CLOSED_GRAD": False, "CLOSED_ROW_GRAD": False, "DIVIDE_ROW": True,
-            "rows_ptr": None}  # fmt: skip
+_CLOSED = {"CLOSED_GRAD": True, **_INNER}
+_COMPACT = {"r_ptr": None, "c_ptr": None, **_CLOSED}
+_SUMMED = {"NOISE": True, "CLOSED_GRAD": False, "CLOSED_ROW_GRAD": False,
+           "DIVIDE_ROW": True, "DIVIDE_COLUMN": True}  # fmt: skip
 
 
 def _both(distribution: str) -> dict[str, Any]:
     return {"ROW": distribution, "COLUMN": distribution}
 
 
+def _fwd(name: str, table: str, constants: dict[str, Any], *rest: Any, **fields: Any) -> Variant:
+    kernel = gated_matmul._gated_matmul_fwd_kernel
+    return Variant(f"gated_matmul_fwd[{name}]", kernel, table, constants, *rest, **fields)
+
+
+def _bwd(name: str, table: str, constants: dict[str, Any], *rest: Any, **fields: Any) -> Variant:
+    """Return a variant of the kernel that a row of the launch table is for."""
+    kernel = table.removesuffix("_map").removesuffix("_odd")
+    function = getattr(bwd, f"_gated_matmul_{kernel}_kernel")
+    label = f"[{name}]" if name else ""
+    return Variant(f"gated_matmul_{kernel}{label}", function, table, constants, *rest, **fields)
+
+
+# Every form that a launcher emits is here, or one with more operands is: the interpreter's suite
+# looks at each of its launches. fp16 compiles to bf16's code but for the conversions, so that one
+# variant of a kernel has it.
 VARIANTS = (
-    Variant("gated_matmul_fwd[gaussian]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
-            {**_both("gaussian"), **_SAMPLED}),
-    Variant("gated_matmul_fwd[hard_concrete]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
-            {**_both("hard_concrete"), **_SAMPLED}),
-    Variant("gated_matmul_fwd[ranking]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
-            {**_both("ranking"), "seed_ptr": None, **_SAMPLED}),
-    Variant("gated_matmul_fwd[value]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
-            {**_both("value"), **_GATES, **_SAMPLED}),
-    Variant("gated_matmul_fwd[pruned]", gated_matmul._gated_matmul_fwd_kernel, "fwd_map",
-            {"ACTIVATION": "gelu", "GATHERED": False, **_OPEN, **_GATES, **_INNER}),
-    Variant("gated_matmul_fwd[scatter]", gated_matmul._gated_matmul_fwd_kernel, "fwd_map",
-            {"ACTIVATION": "gelu", "GATHERED": True, **_OPEN, **_GATES, **_INNER}),
-    Variant("gated_matmul_bwd_x", bwd._gated_matmul_bwd_x_kernel, "bwd_x",
-            {"GATHERED": False, **_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_x[compact]", bwd._gated_matmul_bwd_x_kernel, "bwd_x_map",
-            {"GATHERED": True, "r_ptr": None, "c_ptr": None, **_FROZEN}),
-    Variant("gated_matmul_fwd[tf32]", gated_matmul._gated_matmul_fwd_kernel, "fwd",
-            {"PRECISION": "tf32", **_both("gaussian"), **_SAMPLED}),
-    Variant("gated_matmul_bwd_x[tf32]", bwd._gated_matmul_bwd_x_kernel, "bwd_x",
-            {"PRECISION": "tf32", "GATHERED": False, **_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_w[tf32]", bwd._gated_matmul_bwd_w_kernel, "bwd_w",
-            {"PRECISION": "tf32", **_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_r", bwd._gated_matmul_bwd_r_kernel, "bwd_r",
-            {"GATHERED": False, **_DENSE, **_INNER}),
-    Variant("gated_matmul_bwd_w", bwd._gated_matmul_bwd_w_kernel, "bwd_w",
-            {**_FROZEN, **_DENSE}),
-    Variant("gated_matmul_bwd_gates[fused]", bwd._gated_matmul_bwd_gates_kernel, REDUCE,
-            {"DISTRIBUTION": "gaussian", "DIVIDE_COLUMN": False, **_REDUCED}),
-    Variant("gated_matmul_bwd_gates[fold]", bwd._gated_matmul_bwd_gates_kernel, REDUCE,
-            {"DISTRIBUTION": "hard_concrete", "DIVIDE_COLUMN": True, **_REDUCED}),
-    Variant("fold_fwd[gaussian]", fold._fold_fwd_kernel, STREAM, {**_both("gaussian"), **_INNER}),
-    Variant("fold_fwd[hard_concrete]", fold._fold_fwd_kernel, STREAM,
-            {**_both("hard_concrete"), **_INNER}),
-    Variant("fold_bwd", fold._fold_bwd_kernel, STREAM, _INNER),
-    Variant("norm_gather_fwd[rms]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
-            {"NORM": "rms", "bias_ptr": None, **_INNER}),
-    Variant("norm_gather_fwd[layer]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
-            {"NORM": "layer", **_INNER}),
-    Variant("open_mass_fwd", open_mass._open_mass_fwd_kernel, ROW_WISE,
-            {"DISTRIBUTION": "gaussian"}),
-    Variant("open_mass_bwd", open_mass._open_mass_bwd_kernel, ROW_WISE,
-            {"DISTRIBUTION": "gaussian"}),
+    _fwd("gaussian", "fwd", {**_both("gaussian"), **_DENSE, **_SAMPLED}, _EVERY),
+    _fwd("hard_concrete", "fwd", {**_both("hard_concrete"), **_DENSE, **_SAMPLED}),
+    _fwd("ranking", "fwd", {**_both("ranking"), "seed_ptr": None, **_DENSE, **_SAMPLED}),
+    _fwd("value", "fwd", {**_both("value"), **_GATES, **_DENSE, **_SAMPLED}),
+    _fwd("tf32", "fwd", {"PRECISION": "tf32", **_both("gaussian"), **_DENSE, **_SAMPLED},
+         ("fp32",)),
+    _fwd("gaussian few", "fwd_map", {**_both("gaussian"), **_SAMPLED}, few=True),
+    _fwd("hard_concrete few", "fwd_map", {**_both("hard_concrete"), **_SAMPLED}, _16, few=True),
+    _fwd("ranking few", "fwd_map",
+         {**_both("ranking"), "seed_ptr": None, **_SAMPLED}, _16, few=True),
+    _fwd("gaussian rows", "fwd_map", {**_both("gaussian"), **_SAMPLED, "columns_ptr": None}, _16),
+    _fwd("gaussian columns", "fwd",
+         {**_both("gaussian"), **_SAMPLED, "rows_ptr": None, "GATHERED": True}, _16),
+    _fwd("gaussian gathered", "fwd_map", {**_both("gaussian"), **_SAMPLED, "GATHERED": True}),
+    _fwd("hard_concrete gathered", "fwd_map",
+         {**_both("hard_concrete"), **_SAMPLED, "GATHERED": True}, _16),
+    _fwd("pruned few", "fwd_map", {"GATHERED": False, **_PRUNED}, few=True),
+    _fwd("pruned rows", "fwd_map", {"GATHERED": False, "columns_ptr": None, **_PRUNED}, _16),
+    _fwd("scatter", "fwd_map", {"GATHERED": True, **_PRUNED}, _EVERY),
+    _fwd("scatter odd", "fwd_map", {"GATHERED": True, **_PRUNED}, _16, divisible=False),
+    _bwd("", "bwd_x", {"GATHERED": False, **_FROZEN, **_DENSE}, _EVERY),
+    _bwd("tf32", "bwd_x", {"PRECISION": "tf32", "GATHERED": False, **_FROZEN, **_DENSE},
+         ("fp32",)),
+    _bwd("closed", "bwd_x", {"GATHERED": False, **_CLOSED, **_DENSE}),
+    _bwd("few", "bwd_x_map", {"GATHERED": False, **_FROZEN}, few=True),
+    _bwd("few closed", "bwd_x_map", {"GATHERED": False, **_CLOSED}, _16, few=True),
+    _bwd("columns", "bwd_x_map", {"GATHERED": False, "rows_ptr": None, **_FROZEN}, _16),
+    _bwd("gathered", "bwd_x_map", {"GATHERED": True, **_FROZEN}),
+    _bwd("compact", "bwd_x_map", {"GATHERED": True, **_COMPACT}),
+    _bwd("compact odd", "bwd_x_map", {"GATHERED": True, **_COMPACT}, _16, divisible=False),
+    _bwd("", "bwd_r", {"GATHERED": False, **_DENSE, **_INNER}, _EVERY),
+    _bwd("few", "bwd_r_map", {"GATHERED": False, **_INNER}, _16, few=True),
+    _bwd("gathered", "bwd_r_map", {"GATHERED": True, **_INNER}, _16),
+    _bwd("", "bwd_w", {**_FROZEN, **_DENSE}, _EVERY),
+    _bwd("tf32", "bwd_w", {"PRECISION": "tf32", **_FROZEN, **_DENSE}, ("fp32",)),
+    _bwd("closed", "bwd_w", {**_CLOSED, **_DENSE}, _16),
+    _bwd("mapped", "bwd_w", _FROZEN),
+    _bwd("mapped closed", "bwd_w", _CLOSED, _16),
+    _bwd("compact odd", "bwd_w_odd", _COMPACT, divisible=False),
+    *(
+        Variant(f"gated_matmul_bwd_gates[{distribution}]", bwd._gated_matmul_bwd_gates_kernel,
+                REDUCE, {"DISTRIBUTION": distribution, **_SUMMED},
+                _EVERY if distribution == "gaussian" else _16)
+        for distribution in ("gaussian", "hard_concrete", "ranking", "value")
+    ),
+    *(
+        Variant(f"fold_fwd[{distribution}]", fold._fold_fwd_kernel, STREAM,
+                {**_both(distribution), **_INNER},
+                _EVERY if distribution == "gaussian" else _16)
+        for distribution in ("gaussian", "hard_concrete", "ranking", "value")
+    ),
+    Variant("fold_bwd", fold._fold_bwd_kernel, STREAM, _INNER, _EVERY),
+    *(
+        Variant(f"norm_gather_fwd[{norm}]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
+                {"NORM": norm, **_INNER}, _EVERY if norm == "rms" else _16)
+        for norm in ("none", "rms", "layer")
+    ),
+    *(
+        Variant(f"open_mass_{way}[{distribution}]", kernel, ROW_WISE,
+                {"DISTRIBUTION": distribution}, ("fp32",))
+        for way, kernel in (
+            ("fwd", open_mass._open_mass_fwd_kernel), ("bwd", open_mass._open_mass_bwd_kernel)
+        )
+        for distribution in ("gaussian", "hard_concrete", "ranking")
+    ),
 )  # fmt: skip
 
 
@@ -149,15 +201,17 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
     listed = []
     for target in targets:
         for index, variant in enumerate(VARIANTS):
-            for dtype, bits in DTYPES.items():
-                if "[tf32]" in variant.name and (dtype != "fp32" or target == "gfx942"):
-                    continue  # the CDNA table has no tf32
+            if "[tf32]" in variant.name and target == "gfx942":
+                continue  # the CDNA table has no tf32
+            for dtype in variant.dtypes:
                 if not isinstance(variant.table, str):
                     listed.append(Job(index, target, dtype, {**variant.table, **OPTIONS}))
                     continue
                 table = variant.table.replace("bwd_r", "bwd_x")
-                for tile in GEMM[table, bits][TARGETS[target].family]:
-                    if variant.table == "bwd_r":
+                for tile in GEMM[table, DTYPES[dtype]][TARGETS[target].family]:
+                    if variant.few and tile.m >= 2 * GATHER_ROWS:
+                        continue
+                    if variant.table.startswith("bwd_r"):
                         tile = bwd.bwd_r_tile(tile)
                     listed.append(Job(index, target, dtype, gemm_options(tile)))
     return list({job.key: job for job in listed}.values())
@@ -171,11 +225,13 @@ def compile_job(job: Job) -> dict[str, int]:
     constants = {"PRECISION": "ieee", **variant.constants, **blocks}
     names = variant.kernel.arg_names
     signature = {name: _type_of(name, job.dtype, constants) for name in names}
-    # Sizes and strides that are multiples of 16, as the models' are, and aligned pointers.
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
-        if signature[name].startswith("*") or signature[name] == "i32" and _is_size(name)
+        if signature[name].startswith("*")
+        or variant.divisible
+        and signature[name] == "i32"
+        and _is_size(name)
     }
     present = {name: value for name, value in constants.items() if name in names}
     source = ASTSource(variant.kernel, signature, present, attributes)

@@ -124,7 +124,8 @@ def gated_matmul_fwd(
     x, gathered = gather_columns(x, columns)
     y = torch.empty(m, n_out, dtype=x.dtype, device=x.device)
     mapped = rows is not None or columns is not None and not gathered
-    tile = gemm_tile("fwd_map" if mapped else "fwd", x, m, n, k)
+    small = mapped or residual is not None or activation != "none"
+    tile = gemm_tile("fwd_map" if small else "fwd", x, m, n, k)
     _gated_matmul_fwd_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n),)](
         x, weight.w, weight.b, residual, y, gates.r, gates.c, *gates.logits, gates.seed,
         rows, columns, m, n, k, n_out, *x.stride(), *weight.w.stride(), n_out,

@@ -54,14 +54,22 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "cdna": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
-    # With index maps: an address per element of what is gathered or scattered, so smaller tiles.
+    # Sizes that are no multiples of 16, as kept counts are: a load and an address per element.
+    ("bwd_w_odd", 16): {
+        **dict.fromkeys(FAMILIES, (Tile(64, 64, 64, 4, 4),)),
+        "consumer": (Tile(64, 64, 64, 4, 3),),
+        "cdna": (Tile(64, 64, 64, 4, 2),),
+        "interpreter": (Tile(64, 32, 64, 4, 1),),
+    },
+    # With index maps: an address per element of what is gathered or scattered, so smaller tiles;
+    # an activation or a residual in the epilogue takes registers too.
     # The last tile is for a few tokens: 16 rows of w a program keep more of the device streaming.
     ("fwd_map", 16): {
         "hopper": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
         "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 32, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
-        "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
-        "consumer": (Tile(128, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 16, 128, 4, 5)),
-        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
+        "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 16, 128, 4, 5)),
+        "consumer": (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 16, 128, 4, 5)),
+        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 16, 128, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_x_map", 16): {
@@ -69,7 +77,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
         "ampere": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
         "consumer": (Tile(64, 64, 64, 4, 3),),
-        "cdna": (Tile(64, 64, 64, 4, 2),),
+        "cdna": (Tile(64, 32, 64, 4, 2),),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     # fp32 runs on the FMA units, bit-faithful to PyTorch's default: registers set the tile.
@@ -91,11 +99,18 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     },
     ("bwd_w", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "blackwell": (Tile(32, 32, 64, 4, 2),),
+        "cdna": (Tile(32, 32, 64, 4, 2),),
+        "interpreter": (Tile(64, 32, 64, 4, 1),),
+    },
+    ("bwd_w_odd", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
         "cdna": (Tile(32, 32, 64, 4, 2),),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
     ("fwd_map", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
+        "ampere": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 3)),
         "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
@@ -133,11 +148,19 @@ def processors(device: torch.device) -> int:
 
 
 def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
+    """Return `largest_tile` for x's dtype and device."""
+    bits, device = x.dtype.itemsize * 8, x.device
+    return largest_tile(kernel, bits, family(device), processors(device), m, n, k)
+
+
+def largest_tile(
+    kernel: str, bits: int, family: str, processors: int, m: int, n: int, k: int
+) -> Tile:
     """Return the largest tile that wastes less than half of its rows and fills the device.
 
     Without one that fills it, the last and smallest: more programs, each with less to do.
     """
-    row = GEMM[kernel, x.dtype.itemsize * 8][family(x.device)]
+    row = GEMM[kernel, bits][family]
     for tile in row:
         if kernel.startswith("fwd"):
             rows, block_rows, columns, block_columns = m, tile.m, n, tile.n
@@ -147,7 +170,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
             rows, block_rows, columns, block_columns = n, tile.n, k, tile.k
         if rows <= block_rows // 2:
             continue
-        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors(x.device):
+        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors:
             return tile
     return row[-1]
 

@@ -4,7 +4,10 @@
 ``TRITON_INTERPRET=1 python -m pytest tests/interpreter``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,9 +16,55 @@ from finegates.ops import INTERPRETED
 
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
+# Values of a constant with which a kernel has part of the code that it has with any other value.
+LESS: dict[str, tuple[Any, ...]] = {
+    "ROW": ("none", "ranking"), "COLUMN": ("none", "ranking"), "NOISE": (False,),
+    "DIVIDE_ROW": (False,), "DIVIDE_COLUMN": (False,), "CLOSED_GRAD": (True,),
+    "CLOSED_ROW_GRAD": (True,), "ACTIVATION": ("none", "gelu_tanh", "silu", "relu"),
+}  # fmt: skip
+_covered: set[tuple[Any, ...]] = set()
+
 
 @pytest.fixture(autouse=True)
 def _triton() -> Iterator[None]:
     """Ask for the kernels under test: the tensors are a CPU's, which native kernels could serve."""
     with use_backend("triton"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _every_launched_form_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for each launch in the table of what is compiled without a GPU."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from finegates.kernels.compile import VARIANTS
+
+    compiled: dict[Any, list[dict[str, Any]]] = {}
+    for variant in VARIANTS:
+        compiled.setdefault(variant.kernel.fn, []).append(variant.constants)
+    run = GridExecutor.__call__
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn in compiled:
+            given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            form = {n: given[n] for n in self.constexprs if not n.startswith("BLOCK")}
+            form |= {n: t is not None for n, t in given.items() if n.endswith("_ptr")}
+            key = (self.fn, *form.items())
+            if key not in _covered:
+                assert any(covers(constants, form) for constants in compiled[self.fn]), key
+                _covered.add(key)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", checked)
+
+
+def covers(constants: dict[str, Any], form: dict[str, Any]) -> bool:
+    """Return whether a variant has every operand of a form, and its constants or ones for more."""
+    for name, value in form.items():
+        if name.endswith("_ptr"):
+            fits = not value or name not in constants or constants[name] is not None
+        else:
+            fits = value == constants.get(name, value) or value in LESS.get(name, ())
+        if not fits:
+            return False
+    return True
