@@ -99,9 +99,17 @@ def ordered_weight(
     return issued
 
 
-def frozen(m: int, n: int, k: int, size: int) -> int:
-    """Return a frozen Linear's compulsory bytes: forward, backward to x and to the bias."""
-    return size * (2 * (m * k + n * k + m * n) + m * n + 2 * n)
+def gemm(m: int, n: int, k: int, size: int) -> int:
+    """Return the compulsory bytes of a plain product."""
+    return size * (m * k + n * k + m * n)
+
+
+def frozen(m: int, n: int, k: int, size: int, bias: bool) -> int:
+    """Return a frozen Linear's compulsory bytes: forward, backward to x and, if any, to the bias.
+
+    Only the bias takes a second read of dy, for its gradient.
+    """
+    return 2 * gemm(m, n, k, size) + (size * (m * n + 2 * n) if bias else 0)
 
 
 def naive_extra(m: int, n: int, k: int, size: int) -> int:
@@ -112,11 +120,26 @@ def naive_extra(m: int, n: int, k: int, size: int) -> int:
     return 6 * m * (k + n) * size
 
 
-# Kernel launches of one layer's training step with a frozen weight. "seed" is torch.randint.
+# Kernel launches of one layer's training step with a frozen weight and a bias, both sides gated.
+# "ordered" has closed gates last on both sides and more than `GATHER_ROWS` tokens.
 LAUNCHES = {
-    "fused": {"forward": ("seed", "gated_matmul_fwd"), "backward": ("bwd_x", "bwd_gates")},
+    "fused": {
+        "forward": ("seed", "gated_matmul_fwd"),
+        "backward": ("gated_matmul_bwd_x", "gated_matmul_bwd_gates"),
+    },
     "fold": {
         "forward": ("seed", "fold_fwd", "cublas"),
-        "backward": ("fold_fwd", "cublas", "fold_bwd", "bwd_gates"),
+        "backward": ("fold_fwd", "cublas", "fold_bwd", "gated_matmul_bwd_gates"),
+    },
+    "ordered": {
+        "forward": ("seed", "index_select", "norm_gather_fwd", "gated_matmul_fwd"),
+        "backward": (
+            "norm_gather_fwd",
+            "gated_matmul_bwd_x",
+            "gated_matmul_bwd_gates",
+            "index_add",
+        ),
     },
 }
+# Those of them that are torch's.
+TORCH_LAUNCHES = ("seed", "cublas", "index_select", "index_add")

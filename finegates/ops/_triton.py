@@ -41,6 +41,7 @@ def status() -> str | None:
 def kernels() -> Any:
     """Import the kernels, and with them Triton, on first use."""
     from ..kernels import (
+        costs,
         fold,
         gated_matmul,
         gated_matmul_bwd,
@@ -57,6 +58,7 @@ def kernels() -> Any:
         norm=norm_gather,
         mass=open_mass,
         launch=launch,
+        costs=costs,
         operands=operands,
     )
 
@@ -172,7 +174,8 @@ def _aligned(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return w with zero columns up to a multiple of 16, its last kept column repeated for them.
 
     An odd row length would leave 2-byte loads where 16-byte ones are possible. The copy is made
-    once and lives as long as w; any change of w or columns makes it again.
+    once and lives as long as w; any change of w or columns makes it again. One that is made while a
+    CUDA graph is captured is the graph's own: it has no values before the first replay.
     """
     spare = -w.shape[1] % 16
     if spare == 0 or w.shape[1] == 0 or w.is_inference() or columns.is_inference():
@@ -184,7 +187,8 @@ def _aligned(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.cat((columns, columns[-1:].expand(spare)))
         # The aliases keep the storage alive: no other tensor can get its address.
         found = (state, (w.detach(), columns.detach()), wide, index)
-        _aligned_weights[w] = found
+        if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _aligned_weights[w] = found
     return found[2], found[3]
 
 

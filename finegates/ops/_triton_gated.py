@@ -8,16 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import capability, flat, kernels, on_its_device, precision, refusal, same_dtype
+from ._triton import flat, kernels, on_its_device, precision, refusal, same_dtype
 from .gated_call import GatedCall
-
-# Dense matmul FLOP/s (16 bit) and bytes/s by compute capability, from the vendors' data sheets.
-_RATES = {8: (312e12, 2.0e12), 9: (989e12, 3.35e12), 10: (2250e12, 8.0e12)}
-# What cuBLAS reaches of the peak on large shapes, and Triton of cuBLAS by N K: 80-100 % above
-# 2688² and 21-38 % below 2048² on an H100 (triton#3672).
-_CUBLAS = 0.7
-_TRITON = ((2688**2, 0.9), (2048**2, 0.6), (0, 0.3))
-_LAUNCH = 3e-6
 
 
 def why_not(
@@ -66,14 +58,14 @@ def _given_gates(r: Tensor | None, c: Tensor | None) -> Any:
     )
 
 
-def fused_why_not(call: GatedCall, dy: Tensor | None = None, *_: Any) -> str | None:
+def fused_why_not(call: GatedCall, dy: Tensor | None = None, *rest: Any) -> str | None:
     """Return why gates can't be inside the GEMM of a call or of its backward, or why not there."""
-    return _call_why_not(call, dy) or _fold_wins(call)[0]
+    return _call_why_not(call, dy) or _fold_wins(call, dy is not None, _trains_weight(rest))[0]
 
 
-def fold_why_not(call: GatedCall, dy: Tensor | None = None, *_: Any) -> str | None:
+def fold_why_not(call: GatedCall, dy: Tensor | None = None, *rest: Any) -> str | None:
     """Return why a call or its backward can't fold its gates into the weight, or why not there."""
-    return _call_why_not(call, dy) or _fold_wins(call)[1]
+    return _call_why_not(call, dy) or _fold_wins(call, dy is not None, _trains_weight(rest))[1]
 
 
 def _call_why_not(call: GatedCall, dy: Tensor | None) -> str | None:
@@ -81,38 +73,33 @@ def _call_why_not(call: GatedCall, dy: Tensor | None) -> str | None:
     return refusal(x, dy, w, b) or same_dtype(x, dy, w, b)
 
 
-def _fold_wins(call: GatedCall) -> tuple[str | None, str | None]:
-    """Return (why not fused, why not folded): exactly one of them is None."""
+def _trains_weight(rest: tuple[Any, ...]) -> bool:
+    """Return whether a backward's (y, r, c, mask) wants dw."""
+    return bool(rest) and rest[-1][1]
+
+
+def _fold_wins(
+    call: GatedCall, backward: bool, trains_weight: bool
+) -> tuple[str | None, str | None]:
+    """Return (why not fused, why not folded): exactly one of them is None.
+
+    Forward and backward choose for themselves: either way of one fits either way of the other.
+    """
     x, (n, k) = call.x, call.w.shape
     if call.rows is not None or call.columns is not None:
         return None, "the weight is compact or in another order"
     if call.closed_grad:
         return None, "closed gates get a gradient, which a folded weight has lost"
     m = x.numel() // max(k, 1)
-    fused, folded = estimate(m, n, k, x.dtype, capability(x.device) if x.is_cuda else 9)
+    family = kernels().launch.family(x.device) if x.is_cuda else "hopper"
+    fused, folded = kernels().costs.estimate(
+        m, n, k, x.dtype.itemsize, family, backward, trains_weight
+    )
     times = f"{1e6 * fused:.1f} µs fused, {1e6 * folded:.1f} µs folded (estimate)"
     shape = f"at {m}×{n}×{k}"
     if folded < fused:
         return f"folding is faster {shape}: {times}", None
     return None, f"gates in the GEMM are faster {shape}: {times}"
-
-
-def estimate(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> tuple[float, float]:
-    """Return seconds of a forward GEMM with the gates inside, and with gates folded into w first.
-
-    A GEMM takes the longer of its arithmetic and its traffic. Folding adds a launch and one read
-    and one write of w; Triton's GEMM reaches less of the arithmetic peak than cuBLAS.
-    """
-    peak, bandwidth = _RATES.get(capability, _RATES[9])
-    if dtype == torch.float32:
-        peak /= 16.0
-    bytes_of = dtype.itemsize
-    traffic = bytes_of * (m * k + n * k + m * n) / bandwidth
-    arithmetic = 2.0 * m * n * k / (peak * _CUBLAS)
-    efficiency = next(share for size, share in _TRITON if n * k >= size)
-    fused = max(arithmetic / efficiency, traffic)
-    folded = max(arithmetic, traffic) + 2.0 * bytes_of * n * k / bandwidth + _LAUNCH
-    return fused, folded
 
 
 @on_its_device

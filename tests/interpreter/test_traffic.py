@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import runpy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,15 @@ from finegates.kernels.operands import Gates, Weight
 from finegates.ops import _triton_gated
 from gated_case import FROZEN, PRETRAINING, make
 
+SHAPES = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "shapes.py"))
+
 
 class Recorder:
     """Bytes that the interpreter's programs load and store, by the tensor they belong to."""
 
     def __init__(self) -> None:
         self.accesses: list[tuple[str, np.ndarray, int]] = []
-        self.launches = 0
+        self.launched: list[str] = []
 
     def note(self, kind: str, ptrs: Any, mask: Any) -> None:
         width = np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty())).itemsize
@@ -92,7 +96,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         return store(self, ptrs, value, mask, *rest)
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        record.launches += 1
+        name = self.fn.__name__
+        record.launched.append(name.removeprefix("_").removesuffix("_kernel"))
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(builder, "create_masked_load", recorded_load)
@@ -119,7 +124,7 @@ def test_forward(shape: Any, dtype: torch.dtype, recorder: Recorder) -> None:
     named = {"x": case.x, "w": case.w, "b": case.b, "row_logits": case.row_logits}
     named |= {"column_logits": case.column_logits, "seed": case.seed, "y": y, "r": r, "c": c}
     assert recorder.by_tensor(named) == model
-    assert recorder.launches == 1
+    assert recorder.launched == ["gated_matmul_fwd"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -207,35 +212,49 @@ def tensors_of(case: Any) -> dict[str, Tensor]:
     return {name: getattr(case, name) for name in names}
 
 
+@pytest.mark.parametrize("m", SHAPES["GPU_TOKENS"])
+@pytest.mark.parametrize("layer", SHAPES["GPU_LAYERS"])
+def test_gates_add_a_fraction_of_what_naive_gates_add(layer: str, m: int) -> None:
+    """In bytes; tests/test_costs.py says what that and the rest should cost in time."""
+    (n, k, bias), size = SHAPES["GPU_LAYERS"][layer], 2
+    forward, backward = (
+        launch.largest_tile(kernel, 16, "hopper", 132, m, n, k) for kernel in ("fwd", "bwd_x")
+    )
+    gated = traffic.forward(m, n, k, size, forward).compulsory
+    gated += traffic.backward(m, n, k, size, backward).compulsory
+    extra = gated - traffic.frozen(m, n, k, size, bias)
+    assert 0 < extra < 0.4 * traffic.naive_extra(m, n, k, size)
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "k", "bar"),
-    [(16384, 2048, 2048, 0.11), (16384, 8192, 2048, 0.10), (16384, 11008, 4096, 0.10)],
-    ids=str,
+    ("way", "frozen"),
+    [("fused", True), ("fused", False), ("fold", True), ("fold", False), ("ordered", True)],
 )
-def test_what_the_bars_leave_room_for(m: int, n: int, k: int, bar: float) -> None:
-    """An H100's step at 70 % of 989 TFLOP/s, and the gates' extra bytes at 3.35 TB/s on top."""
-    size, tile = 2, launch.Tile(128, 128, 128, 8, 3)
-    gated = traffic.forward(m, n, k, size, tile).compulsory
-    gated += traffic.backward(m, n, k, size, tile).compulsory
-    extra = gated - traffic.frozen(m, n, k, size)
-    assert extra < 0.4 * traffic.naive_extra(m, n, k, size)
-    assert extra / 3.35e12 < bar * 4.0 * m * n * k / (0.7 * 989e12)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_launches_of_a_step(frozen: bool, recorder: Recorder) -> None:
-    layer = FusedGatedLinear(70, 66, config=GateConfig(distribution="gaussian"))
+def test_launches_of_a_step(way: str, frozen: bool, recorder: Recorder) -> None:
+    """Ours, by name; a trained weight adds its kernel, or the fold of its gradient."""
+    layer = FusedGatedLinear(150, 160, config=GateConfig(distribution="gaussian"))
     layer.weight.requires_grad_(not frozen)
-    x = torch.randn(5, 70, requires_grad=True)
+    if way == "ordered":
+        for gate in (layer.row_gate, layer.column_gate):
+            assert gate is not None
+            gate.logits.data[::2] = -30.0
+        layer.reorder_()
+    x = torch.randn(65, 150, requires_grad=True)
+    chosen = ("a test wants it folded", None) if way == "fold" else (None, "a test wants it fused")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton_gated, "_fold_wins", lambda *_: (None, "a test wants it fused"))
+        patch.setattr(_triton_gated, "_fold_wins", lambda *_: chosen)
         layer(x).sum().backward()
-        assert recorder.launches == 1 + (2 if frozen else 3)
-        recorder.launches = 0
-        patch.setattr(_triton_gated, "_fold_wins", lambda *_: ("a test wants it folded", None))
-        layer(x).sum().backward()
-    # Besides these, the matrix products of torch: forward, dx, and the trained weight's.
-    assert recorder.launches == 1 + (3 if frozen else 4)
+    model = [
+        name
+        for names in traffic.LAUNCHES[way].values()
+        for name in names
+        if name not in traffic.TORCH_LAUNCHES
+    ]
+    if not frozen:
+        after = {"fused": "gated_matmul_bwd_x", "fold": "fold_fwd"}[way]
+        at = len(model) - model[::-1].index(after)
+        model.insert(at, {"fused": "gated_matmul_bwd_w", "fold": "fold_fwd"}[way])
+    assert recorder.launched == model
 
 
 TALL = 4096

@@ -1,0 +1,126 @@
+"""Seconds that a gated layer should take: kernels/traffic.py over data sheets, nothing measured.
+
+The choice between gates in the GEMM and folded ones, and the predictions of docs/kernels.md.
+"""
+
+import functools
+from typing import NamedTuple
+
+from . import traffic
+from .launch import Tile, cdiv, largest_tile
+
+
+class Rates(NamedTuple):
+    """Dense 16-bit matmul FLOP/s, bytes/s and multiprocessors of a device."""
+
+    peak: float
+    bandwidth: float
+    processors: int
+
+
+# A100 80GB, H100 SXM, B200, L40S, MI300X, from the vendors' data sheets.
+RATES = {
+    "ampere": Rates(312e12, 2.0e12, 108),
+    "hopper": Rates(989e12, 3.35e12, 132),
+    "blackwell": Rates(2250e12, 8.0e12, 148),
+    "consumer": Rates(362e12, 0.86e12, 142),
+    "cdna": Rates(1307e12, 5.3e12, 304),
+}
+# What cuBLAS reaches of the peak on large shapes, and Triton of cuBLAS by N K: 80-100 % above
+# 2688² and 21-38 % below 2048² on an H100 (triton#3672).
+_CUBLAS = 0.7
+_TRITON = ((2688**2, 0.9), (2048**2, 0.6), (0, 0.3))
+_LAUNCH = 3e-6
+_FP32 = 16.0  # as much of the 16-bit rate as fp32 takes without tf32
+
+
+class Layer(NamedTuple):
+    """The costs of one layer's passes, each as (gates in the GEMM, gates folded into w)."""
+
+    m: int
+    n: int
+    k: int
+    size: int
+    family: str = "hopper"
+
+    def forward(self) -> tuple[float, float]:
+        """Return seconds of the forward; folding reads and writes w once more."""
+        tile = self._tile("fwd")
+        fused = self._gemm(traffic.forward(*self._shape, tile).compulsory, self._efficiency)
+        return fused, self._gemm(traffic.gemm(*self._shape)) + self._fold
+
+    def backward(self, trains_weight: bool) -> tuple[float, float]:
+        """Return seconds of the backward to x, both gates and the bias, and to w where trained.
+
+        Both add the first-stage sums in one launch more; the folded one reads x, dx, dy and y for
+        them, the other x and y (or, with a trained weight, nothing but what its GEMM reads).
+        """
+        plain = traffic.gemm(*self._shape)
+        tile = self._tile("bwd_x")
+        moved = traffic.backward(*self._shape, tile).compulsory
+        fused = self._gemm(plain if trains_weight else moved, self._efficiency)
+        folded = self._gemm(plain) + self._fold + self._sums
+        if trains_weight:
+            fused += self._gemm(plain, self._efficiency)
+            folded += self._gemm(plain) + self._fold
+        return fused + self._second_stage, folded + self._second_stage
+
+    def frozen(self, bias: bool) -> float:
+        """Return seconds of a frozen Linear's step: two GEMMs and the sum of dy."""
+        plain = traffic.gemm(*self._shape)
+        step = 2.0 * self._gemm(plain)
+        more = traffic.frozen(*self._shape, bias) - 2 * plain
+        return step + self._stream(more) if bias else step
+
+    def step(self) -> float:
+        """Return seconds of a frozen weight's gated step: the seed, and the better of each pass."""
+        return _LAUNCH + min(self.forward()) + min(self.backward(False))
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return self.m, self.n, self.k, self.size
+
+    @property
+    def _rates(self) -> Rates:
+        return RATES[self.family]
+
+    @property
+    def _efficiency(self) -> float:
+        return next(share for size, share in _TRITON if self.n * self.k >= size)
+
+    @property
+    def _fold(self) -> float:
+        return self._stream(2 * self.n * self.k * self.size)
+
+    @property
+    def _sums(self) -> float:
+        return self._stream(2 * self.m * (self.n + self.k) * self.size)
+
+    @property
+    def _second_stage(self) -> float:
+        tiles = cdiv(self.m, self._tile("bwd_x").m)
+        return self._stream(tiles * (2 * self.n + self.k) * 4)
+
+    def _tile(self, kernel: str) -> Tile:
+        bits = 8 * self.size
+        return largest_tile(
+            kernel, bits, self.family, self._rates.processors, self.m, self.n, self.k
+        )
+
+    def _stream(self, moved: int) -> float:
+        return moved / self._rates.bandwidth + _LAUNCH
+
+    def _gemm(self, moved: int, efficiency: float = 1.0) -> float:
+        """Return the longer of a GEMM's arithmetic and its traffic."""
+        peak = self._rates.peak * _CUBLAS / (_FP32 if self.size == 4 else 1.0)
+        arithmetic = 2.0 * self.m * self.n * self.k / (peak * efficiency)
+        return max(arithmetic, moved / self._rates.bandwidth) + _LAUNCH
+
+
+@functools.lru_cache(maxsize=1024)
+def estimate(
+    m: int, n: int, k: int, size: int, family: str, backward: bool, trains_weight: bool
+) -> tuple[float, float]:
+    """Return seconds of one pass with the gates inside the GEMM, and folded into w."""
+    layer = Layer(m, n, k, size, family)
+    return layer.backward(trains_weight) if backward else layer.forward()

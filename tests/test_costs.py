@@ -1,0 +1,55 @@
+"""The model of what a gated layer costs on a GPU: the choice it makes, the page that says it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from finegates.kernels.costs import RATES, Layer, estimate  # noqa: E402, needs triton
+from finegates.kernels.launch import FAMILIES  # noqa: E402, needs triton
+
+ROOT = Path(__file__).parents[1]
+SHAPES = runpy.run_path(str(ROOT / "bench" / "shapes.py"))
+BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
+
+
+def test_the_page_holds_the_predictions_and_marks_what_misses_its_bar() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    for name, (n, k, bias) in SHAPES["GPU_LAYERS"].items():
+        bar = BARS.get(name.split(".")[0])
+        cells = [name, "" if bar is None else f"{bar:.2f}"]
+        for m in SHAPES["GPU_TOKENS"]:
+            layer = Layer(m, n, k, 2)
+            ratio = layer.step() / layer.frozen(bias)
+            missed = bar is not None and ratio > bar
+            cells.append(f"**{ratio:.2f}**" if missed else f"{ratio:.2f}")
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_every_family_has_rates() -> None:
+    assert set(RATES) == set(FAMILIES) - {"interpreter"}
+
+
+@pytest.mark.parametrize("family", RATES)
+@pytest.mark.parametrize("trains_weight", [False, True])
+def test_folding_wins_where_products_are_small_and_tokens_many(
+    family: str, trains_weight: bool
+) -> None:
+    """And gates in the GEMM where w is large beside x and y, in forward and in backward."""
+    for backward in (False, True):
+        few = estimate(64, 4096, 11008, 2, family, backward, trains_weight)
+        many = estimate(16384, 768, 768, 2, family, backward, trains_weight)
+        assert few[0] < few[1]
+        assert many[0] > many[1]
+
+
+def test_a_backward_costs_more_than_a_forward_and_training_the_weight_a_gemm_more() -> None:
+    layer = Layer(4096, 4096, 4096, 2)
+    for forward, frozen, trained in zip(
+        layer.forward(), layer.backward(False), layer.backward(True), strict=True
+    ):
+        assert forward < frozen < trained
