@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finegates import FusedGatedLinear, Gate, GateConfig, GateMap, gate_
-from finegates.surgery import GateController
+from finegates.surgery import GateController, budget, shrink
+from finegates.surgery.budget import on_host
 from finegates.surgery.shrink import expand_, shrink_
 from numerics import assert_no_worse, relative_difference
 from tiny_models import build, inputs, logits, scatter_gates_
@@ -157,6 +158,32 @@ def test_compact_weights_are_gathered_when_the_ranking_moves() -> None:
     shrink_(gates)
     assert first._compact.weight is not before[0]
     assert others[-1]._compact.weight is before[-1]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_host_waits_as_often_for_many_layers_as_for_one(
+    layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the check of the logits, once for all masks; all maps go out in one tensor."""
+    model = gate_(build("llama", layers=layers), GateConfig(sparsity=0.5))
+    scatter_gates_(model, 0.6)
+    gates, waits = GateMap(model), []
+
+    def counted(values: Any) -> Any:
+        waits.append(len(values))
+        return on_host(values)
+
+    for module in (budget, shrink):
+        monkeypatch.setattr(module, "on_host", counted)
+    shrink_(gates)
+    assert len(waits) == 2
+    maps = [index for _, index in gates.kept.values() if index is not None]
+    assert len(maps) >= 5 * layers
+    assert len({index.untyped_storage().data_ptr() for index in maps}) == 1
+    assert all(index.data_ptr() % 16 == 0 for index in maps)
+    shrink_(gates)
+    again = [index for _, index in gates.kept.values() if index is not None]
+    assert all(a is b for a, b in zip(maps, again, strict=True))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

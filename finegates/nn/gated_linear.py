@@ -184,7 +184,8 @@ class FusedGatedLinear(nn.Linear):
         in a way that its version counter tells; the whole layer computes then.
 
         Args:
-            rows, columns (`Tensor` int32, *optional*): sorted open features; None for all.
+            rows, columns (`Tensor` int32, *optional*): sorted open features; None for all. A frozen
+                weight is gathered again where they are other tensors than last time.
             inner_rows, inner_columns: y holds the given rows side by side, x the given columns:
                 for features that only layers see that are shrunk together.
             sources: the logits and frozen weights for which rows and columns hold.
@@ -200,8 +201,8 @@ class FusedGatedLinear(nn.Linear):
                 old is not None
                 and old.weight is not None
                 and any(t is self.weight and _state(t) == (a, v) for t, a, v in old.sources)
-                and _same(old.rows, rows)
-                and _same(old.columns, columns)
+                and old.rows is rows
+                and old.columns is columns
             ):
                 weight = old.weight
             else:
@@ -348,7 +349,3 @@ def _part(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor
     """Return the given rows and columns, the weight itself where that is everything."""
     weight = weight if rows is None else weight.index_select(0, rows)
     return weight if columns is None else weight.index_select(1, columns)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)

@@ -69,6 +69,8 @@ class GateMap:
         }
         if not self.layers:
             raise ValueError("model has no FusedGatedLinear; call gate_(model, config) first")
+        # What `shrink_` kept last of a side: the mask on the host, and its map.
+        self.kept: dict[Side, tuple[Tensor, Tensor | None]] = {}
         self.architecture: Architecture = architecture_of(model)
         self.linears: dict[str, nn.Linear] = dict(self.layers)
         for coupling in self.architecture.couplings:
@@ -150,7 +152,7 @@ class GateMap:
 
     def removal(self) -> Removal:
         """Count the parameters of the gated weights and those in dead rows and columns."""
-        alive = self.alive()
+        alive = on_host(self.alive())
         total = kept = 0
         for name, layer in self.layers.items():
             total += layer.weight.numel()
@@ -177,7 +179,7 @@ class GateMap:
         """
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
-        margins = {side: margin.cpu() for side, margin in self.margins().items()}
+        margins = on_host(self.margins())
         layers = [
             (margins[Side(name, "row")].sort().values, margins[Side(name, "column")].sort().values)
             for name in self.layers
@@ -234,9 +236,21 @@ class GateMap:
         return resolved
 
 
+def on_host(values: dict[Side, Tensor]) -> dict[Side, Tensor]:
+    """Return CPU copies of vectors of one dtype: one wait for each GPU, however many sides."""
+    copies: dict[Side, Tensor] = {}
+    for device in {value.device for value in values.values()}:
+        here = {side: value for side, value in values.items() if value.device == device}
+        flat = torch.cat(list(here.values())).cpu()
+        parts = torch.split(flat, [len(value) for value in here.values()])
+        copies.update(zip(here, parts, strict=True))
+    return copies
+
+
 def _without_nan(values: dict[Side, Tensor]) -> dict[Side, Tensor]:
-    for side, value in values.items():
-        if value.isnan().any():
+    found = {side: value.isnan().any().view(1) for side, value in values.items()}
+    for side, has_nan in on_host(found).items():
+        if has_nan:
             raise ValueError(f"{side.module}.{side.axis}_gate.logits holds NaN")
     return values
 

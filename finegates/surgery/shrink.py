@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .budget import GateMap
+from ..ops.index_map import trust_index_map
+from .budget import GateMap, on_host
 from .couplings import Side
 
 
@@ -15,7 +18,7 @@ def shrink_(gates: GateMap) -> None:
     gradient. Units between the Linears of an MLP, which nothing else sees, are left out of the
     activations too.
     """
-    alive = gates.alive()
+    _keep(gates, on_host(gates.alive()))
     together: dict[str, tuple[str, ...]] = {name: (name,) for name in gates.layers}
     inner: set[Side] = set()
     for coupling in gates.couplings:
@@ -26,8 +29,8 @@ def shrink_(gates: GateMap) -> None:
     for name, layer in gates.layers.items():
         row, column = Side(name, "row"), Side(name, "column")
         layer.shrink_(
-            _kept(alive[row]),
-            _kept(alive[column]),
+            gates.kept[row][1],
+            gates.kept[column][1],
             inner_rows=row in inner,
             inner_columns=column in inner,
             sources=_sources(gates, together[name]),
@@ -40,8 +43,32 @@ def expand_(gates: GateMap) -> None:
         layer.expand_()
 
 
-def _kept(alive: Tensor) -> Tensor | None:
-    return None if alive.all() else alive.nonzero().squeeze(1).int()
+def _keep(gates: GateMap, alive: dict[Side, Tensor]) -> None:
+    """Make the maps of the sides that have moved; a side that hasn't keeps its map.
+
+    They reach a GPU in one transfer, each at a multiple of 16 bytes, as the kernels like their
+    operands.
+    """
+    moved: dict[torch.device, dict[Side, Tensor]] = {}
+    for name, layer in gates.layers.items():
+        device = layer.weight.device
+        for side in (Side(name, "row"), Side(name, "column")):
+            mask = alive[side]
+            last, index = gates.kept.get(side, (None, None))
+            here = index is None or index.device == device
+            if here and last is not None and torch.equal(last, mask):
+                continue
+            gates.kept[side] = (mask, None)
+            if not mask.all():
+                moved.setdefault(device, {})[side] = mask.nonzero().squeeze(1).int()
+    for device, indices in moved.items():
+        padded = [F.pad(index, (0, -len(index) % 4)) for index in indices.values()]
+        there = torch.cat(padded).to(device, non_blocking=True)
+        parts = torch.split(there, [len(index) for index in padded])
+        for (side, index), part in zip(indices.items(), parts, strict=True):
+            kept = part[: len(index)]
+            trust_index_map(kept, len(alive[side]))
+            gates.kept[side] = (alive[side], kept)
 
 
 def _sources(gates: GateMap, names: tuple[str, ...]) -> list[Tensor]:
