@@ -18,7 +18,8 @@ from finegates.kernels.fold import fold_fwd
 from finegates.kernels.gate import gate_tile
 from finegates.kernels.gated_matmul import gated_matmul_fwd
 from finegates.kernels.operands import Gates, Weight
-from finegates.ops import reference
+from finegates.ops import _triton_gated, reference
+from gated_case import make
 
 DRAWS = 1_000_000
 # A seed is fixed, so that a test either always passes or never: 1e-3 is an honest level.
@@ -39,14 +40,14 @@ def _sample_kernel(
     tl.store(out_ptr + index, z, mask=index < size)
 
 
-def columns_of(size: int, distribution: str, logit: float, seed: list[int]) -> Tensor:
-    """Sample ``size`` column gates of one logit."""
+def gates_of(size: int, distribution: str, logit: float, seed: list[int], side: int = 1) -> Tensor:
+    """Sample ``size`` row (side 0) or column (1) gates of one logit."""
     constants = GateConfig(distribution=distribution).constants
     c = torch.full((size,), float("nan"))
     logits = torch.full((size,), logit)
     _sample_kernel[(triton.cdiv(size, 65536),)](
         c, logits, torch.tensor(seed), size, *constants,
-        DISTRIBUTION=distribution, SIDE=1, BLOCK=65536,
+        DISTRIBUTION=distribution, SIDE=side, BLOCK=65536,
     )  # fmt: skip
     return c
 
@@ -70,7 +71,7 @@ def cdf(distribution: str, logit: float) -> Any:
 )
 def test_kolmogorov_smirnov(distribution: str, logit: float) -> None:
     """1e6 draws against the stated law: the two clamped masses, then the interior."""
-    z = columns_of(DRAWS, distribution, logit, [0, 12345]).double().numpy()
+    z = gates_of(DRAWS, distribution, logit, [0, 12345]).double().numpy()
     law = cdf(distribution, logit)
     closed, fully = float(law(1e-12)), 1.0 - float(law(1.0 - 1e-12))
     for mass, expected in (((z == 0).mean(), closed), ((z == 1).mean(), fully)):
@@ -84,7 +85,7 @@ def test_kolmogorov_smirnov(distribution: str, logit: float) -> None:
 def test_samples_are_those_of_the_reference() -> None:
     for distribution in ("gaussian", "hard_concrete"):
         config = GateConfig(distribution=distribution)
-        z = columns_of(10_000, distribution, 0.0, [3, 2**31 + 7])
+        z = gates_of(10_000, distribution, 0.0, [3, 2**31 + 7])
         expected = reference.gate(
             torch.zeros(10_000), torch.tensor([2**31 + 7]), [10_000, 10_000], 10_000, distribution,
             *config.constants,
@@ -92,16 +93,40 @@ def test_samples_are_those_of_the_reference() -> None:
         torch.testing.assert_close(z, expected, atol=2e-6, rtol=0)
 
 
-def test_rows_columns_layers_and_steps_are_independent() -> None:
-    """Correlation of 1e5 pairs within 4 / √1e5 of 0, and neighbours within a vector as well."""
-    n = 100_000
-    vectors = [columns_of(n, "gaussian", -0.5, [0, seed]) for seed in (1, 2, 3, 2**31 - 2)]
-    samples = [v.double() for v in vectors]
-    pairs = [(samples[i], samples[j]) for i in range(4) for j in range(i)]
-    pairs += [(v[:-1], v[1:]) for v in samples]
-    for a, b in pairs:
-        correlation = torch.corrcoef(torch.stack((a, b)))[0, 1]
-        assert abs(correlation.item()) < 4.0 / math.sqrt(n)
+LOGITS = {"gaussian": -0.5, "hard_concrete": -1.0}
+
+
+def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
+    """Of n independent pairs the correlation is within 4 / √n of 0 but for 6e-5 of the seeds."""
+    correlation = torch.corrcoef(torch.stack((a, b)).double())[0, 1]
+    assert abs(correlation.item()) < 4.0 / math.sqrt(len(a))
+
+
+@pytest.mark.parametrize("distribution", LOGITS)
+def test_rows_columns_layers_and_steps_are_independent(distribution: str) -> None:
+    """Each side under three seeds, one side against the other, neighbours within a vector."""
+    n, logit = 100_000, LOGITS[distribution]
+    samples = [
+        gates_of(n, distribution, logit, seeds, side)
+        for seeds in ([1, 5], [2, 6], [2**31 - 2, 7])
+        for side in (0, 1)
+    ]
+    for i, sample in enumerate(samples):
+        assert_uncorrelated(sample[:-1], sample[1:])
+        for other in samples[:i]:
+            assert_uncorrelated(sample, other)
+
+
+@pytest.mark.parametrize("distribution", LOGITS)
+def test_the_two_sides_of_a_forward_are_independent(distribution: str) -> None:
+    """Of one seed tensor as the layer draws it: unit by unit, and each side varies."""
+    n = 4096
+    case = make(1, n, n, distribution=distribution, bias=False)
+    case.row_logits, case.column_logits = (torch.full((n,), LOGITS[distribution]) for _ in "rc")
+    _, r, c = _triton_gated.gated_matmul_fused(case.call())
+    assert r.std() > 0.05
+    assert c.std() > 0.05
+    assert_uncorrelated(r, c)
 
 
 def test_row_and_column_gates_of_a_layer_differ_and_every_step_draws_anew() -> None:
