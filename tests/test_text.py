@@ -82,6 +82,8 @@ def test_every_pass_is_another_order_of_the_same_blocks(tmp_path: Path) -> None:
     assert in_order == blocks[2:]
 
 
+# torch warns on a machine of one core.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_take_turns(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", documents=4)
     alone = [row["input_ids"] for row in islice(stream(path), 6)]
