@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.utils._device
 from torch import Tensor
 
-from finegates import _env
+from finegates import _env, _native
 
 # torch.device(...) as a context knows constructors by identity, from a list made on first use: it
 # must be made before the constructors below are replaced.
@@ -25,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail where compute-sanitizer is missing, instead of skipping",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    expected = os.environ.get("EXPECTED_ISA", _native.isa())
+    if _native.isa() != expected:
+        raise pytest.UsageError(f"EXPECTED_ISA is {expected}, in use is {_native.isa()}")
 
 
 class _TorchRandom:

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +15,12 @@ from torch import Tensor
 
 from finegates import _native
 from finegates.ops import _cpu, encoder_layer, pack, reference, schema, unpack, use_backend
+from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
 
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
-LEVELS = ["generic", "avx2", "avx512", "avx512bf16"]
 
 
 @dataclass(frozen=True)
@@ -295,17 +292,7 @@ def test_wrong_buffers() -> None:
             replace(layer, packed=tuple(packed))(torch.randn(1, 4, 53))
 
 
-@pytest.mark.skipif("FINEGATES_MAX_ISA" in os.environ, reason="this is a forced run already")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level(level: str) -> None:
     """The whole file again with the instruction set capped."""
-    if _native.isa() not in LEVELS or LEVELS.index(level) >= LEVELS.index(_native.isa()):
-        pytest.skip("this level is the one in use, or the CPU lacks it")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "FINEGATES_MAX_ISA": level},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    run_capped(__file__, level)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from finegates import _native
 from finegates.ops import _cpu
+from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
@@ -37,11 +37,6 @@ ACTIVATE: dict[str, Any] = {
     "silu": F.silu,
     "relu": F.relu,
 }
-LEVELS = (
-    ["generic", "avx2", "avx512", "avx512bf16"]
-    if platform.machine() == "x86_64"
-    else ["generic", "neon"]
-)
 
 
 class Layer:
@@ -720,22 +715,7 @@ def test_many_python_threads(threads: int) -> None:
     assert wrong == []
 
 
-@pytest.mark.skipif("FINEGATES_MAX_ISA" in os.environ, reason="this is a forced run already")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level(level: str) -> None:
     """The whole file again with the instruction set capped."""
-    if LEVELS.index(level) >= LEVELS.index(str(_native.isa())):
-        pytest.skip("this level is the one in use, or the CPU lacks it")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "FINEGATES_MAX_ISA": level, "EXPECTED_ISA": level},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-
-
-@pytest.mark.skipif("EXPECTED_ISA" not in os.environ, reason="only in a forced run")
-def test_forced_level_is_in_use() -> None:
-    assert _native.isa() == os.environ["EXPECTED_ISA"]
+    run_capped(__file__, level)
