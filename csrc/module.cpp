@@ -1,4 +1,4 @@
-// finegates._C: pointers in, pointers out. finegates/ops/_cpu.py is the only caller.
+// finegates._C: pointers in, pointers out. finegates/ops/_cpu.py and _cpu_blocks.py call it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

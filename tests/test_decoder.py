@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from finegates import _native
-from finegates.ops import _cpu, decoder, pack, reference, schema, unpack
+from finegates.ops import (
+    _cpu_blocks,
+    decoder,
+    pack,
+    reference,
+    reference_blocks,
+    schema,
+    unpack,
+)
 from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
@@ -78,7 +86,7 @@ class Stack:
             args = {k: _double(v) for k, v in args.items()}
             layers = [reference.Operands(*map(_double, layer)) for layer in layers]
         sizes = (self.heads * self.head, *2 * (self.groups * self.head,), HIDDEN, INNER, INNER)
-        return reference.decoder(
+        return reference_blocks.decoder(
             x, list(zip(layers, 2 * (*sizes, HIDDEN), strict=True)), mask=mask, **args
         )
 
@@ -289,13 +297,13 @@ def test_null_pointers_and_impossible_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     """What the extension itself refuses."""
     stack, x, recorded = make(), tokens(1, 1), []
     cache = stack.cache(1, 8)
-    layers = _cpu.DecoderLayers(stack.packed, stack.norms)
+    layers = _cpu_blocks.DecoderLayers(stack.packed, stack.norms)
     given = stack.arguments(x, cache, 5)
     del given["norms"]
     native = vars(_native._C) | {"decoder": lambda *args: recorded.extend(args)}
     with monkeypatch.context() as patch:
-        patch.setattr(_cpu, "_C", SimpleNamespace(**native))
-        _cpu.decoder(x, layers, mask=None, **given)
+        patch.setattr(_cpu_blocks, "_C", SimpleNamespace(**native))
+        _cpu_blocks.decoder(x, layers, mask=None, **given)
 
     def call(changes: dict[int, object]) -> None:
         _native._C.decoder(*(changes.get(i, value) for i, value in enumerate(recorded)))

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from finegates import _native
-from finegates.ops import _cpu, encoder_layer, pack, reference, schema, unpack, use_backend
+from finegates.ops import (
+    _cpu_blocks,
+    encoder_layer,
+    pack,
+    reference,
+    reference_blocks,
+    schema,
+    unpack,
+    use_backend,
+)
 from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
@@ -56,7 +65,7 @@ class Layer:
             ]  # fmt: skip
             norms = tuple(n.double() for n in norms)
             mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-        return reference.encoder_layer(
+        return reference_blocks.encoder_layer(
             x, layers, self.inner, norms, self.eps, self.heads, self.head_size, self.scale,
             self.activation, mask,
         )  # fmt: skip
@@ -255,7 +264,7 @@ def test_impossible_sizes_and_null_pointers(monkeypatch: pytest.MonkeyPatch) -> 
     layer, x, mask, recorded = make(), torch.randn(1, 4, 53), torch.ones(4, 4), []
     native = vars(_native._C) | {"encoder_layer": lambda *args: recorded.extend(args)}
     with monkeypatch.context() as patch:
-        patch.setattr(_cpu, "_C", SimpleNamespace(**native))
+        patch.setattr(_cpu_blocks, "_C", SimpleNamespace(**native))
         layer(x, mask)
 
     def call(at: int, value: object) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from finegates import GateMap, gate_, optimize_for_cpu, prune_, restore_
-from finegates.ops import _cpu, use_backend
+from finegates.ops import _cpu_blocks, use_backend
 from finegates.serving import llama
 from finegates.serving.fused import FusedBlock
 from numerics import assert_no_worse
@@ -47,13 +47,13 @@ def fused(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of new tokens of each native call."""
     made: list[int] = []
-    original = _cpu.decoder
+    original = _cpu_blocks.decoder
 
     def counted(x: Tensor, *args: Any) -> Tensor:
         made.append(x.shape[1])
         return original(x, *args)
 
-    monkeypatch.setattr(llama._cpu, "decoder", counted)
+    monkeypatch.setattr(llama._cpu_blocks, "decoder", counted)
     return made
 
 

@@ -6,8 +6,8 @@ bias, and the kept rows and columns as bit masks, all checked once. ``pruned_lin
     y[..., rows] = act(x[..., columns] wᵀ + bias) (+ residual), every other output exactly 0.
 
 A row's result is bitwise the same whatever the batch, its position in it and the thread count.
-This file is the only caller of ``finegates._C``. It has no autograd: the public function routes
-there only where no gradient is wanted.
+Only this file and ``_cpu_blocks.py`` call ``finegates._C``. They have no autograd: the public
+functions route there only where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_choice, check_device
+from .checks import check_choice
 from .reference import Operands
 
 _C: Any = _native._C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
-MOST_HEAD = 256  # features of a head of the decoder, as in csrc/kernels.h
-MOST_ENCODER_HEAD = 384  # the same of the encoder layer
 MOST_LAYERS = 8  # of one `pruned_linears` call, as in csrc/pruned_linear.cpp
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_WEIGHT_TYPES = {**_TYPES, torch.int8: 2}
-MASK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.bool: 3}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_WEIGHT_TYPES = {**TYPES, torch.int8: 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -56,11 +53,11 @@ def why_not(x: Tensor, weight: Tensor | None = None) -> str | None:
         return _native.reason()
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in _TYPES and x.dtype != torch.float16:
+    if x.dtype not in TYPES and x.dtype != torch.float16:
         return f"x is {x.dtype}, not float32, bfloat16 or float16"
     if weight is not None and weight.device.type != "cpu":
         return f"weight is on {weight.device}, not on the CPU"
-    if weight is not None and weight.dtype not in _TYPES and weight.dtype != torch.uint8:
+    if weight is not None and weight.dtype not in TYPES and weight.dtype != torch.uint8:
         return f"weight is {weight.dtype}, not float32 or bfloat16"
     return None
 
@@ -87,11 +84,11 @@ def _row_values(name: str, values: Tensor | None, n_rows: int) -> Tensor | None:
     return values.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _room(like: Tensor, *shape: int, **dtype: Any) -> Tensor:
+def room(like: Tensor, *shape: int, **dtype: Any) -> Tensor:
     """Return an uninitialised tensor beside ``like``, whatever torch's default device is.
 
     Raises:
@@ -159,15 +156,15 @@ def prepare(
         n_rows if out_features is None else out_features,
         n_columns if in_features is None else in_features,
         (bias is not None) + 2 * (rows is not None) + 4 * (columns is not None),
-        _pointer(rows),
-        _pointer(columns),
+        pointer(rows),
+        pointer(columns),
     )
-    packed = _room(weight, _C.packed_bytes(*shape), dtype=torch.uint8)
+    packed = room(weight, _C.packed_bytes(*shape), dtype=torch.uint8)
     _C.pack(
         *shape,
-        _pointer(weight),
-        _pointer(bias),
-        _pointer(scale),
+        pointer(weight),
+        pointer(bias),
+        pointer(scale),
         packed.data_ptr(),
         packed.numel(),
     )
@@ -195,7 +192,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
-def _aligned(packed: Tensor) -> Tensor:
+def aligned(packed: Tensor) -> Tensor:
     """Return ``packed`` itself, or a copy where it is not 64-byte aligned and contiguous."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1 or not packed.is_cpu:
         raise ValueError(
@@ -204,12 +201,12 @@ def _aligned(packed: Tensor) -> Tensor:
         )
     if packed.is_contiguous() and not packed.data_ptr() & 63:
         return packed
-    return _room(packed, packed.numel()).copy_(packed)
+    return room(packed, packed.numel()).copy_(packed)
 
 
 def describe(packed: Tensor) -> Layout:
     """Return what ``packed`` holds; ValueError if it is not from :func:`prepare`."""
-    packed = _aligned(packed)
+    packed = aligned(packed)
     d = _C.describe(packed.data_ptr(), packed.numel())
     return Layout(
         _DTYPES[d["type"]],
@@ -227,14 +224,12 @@ def describe(packed: Tensor) -> Layout:
 
 def unpack(packed: Tensor) -> Operands:
     """Return what :func:`prepare` was given: the weight bit for bit, bias and scale in float32."""
-    packed = _aligned(packed)
+    packed = aligned(packed)
     d = describe(packed)
-    weight = _room(packed, d.n_rows, d.n_columns, dtype=d.dtype)
-    rows = _room(packed, d.n_rows, dtype=torch.int32) if d.has_rows else None
-    columns = _room(packed, d.n_columns, dtype=torch.int32) if d.has_columns else None
-    _C.unpack(
-        packed.data_ptr(), packed.numel(), _pointer(weight), _pointer(rows), _pointer(columns)
-    )
+    weight = room(packed, d.n_rows, d.n_columns, dtype=d.dtype)
+    rows = room(packed, d.n_rows, dtype=torch.int32) if d.has_rows else None
+    columns = room(packed, d.n_columns, dtype=torch.int32) if d.has_columns else None
+    _C.unpack(packed.data_ptr(), packed.numel(), pointer(weight), pointer(rows), pointer(columns))
 
     def values(offset: int) -> Tensor:
         return packed[offset : offset + 4 * d.n_rows].view(torch.float32).clone()
@@ -269,7 +264,7 @@ def pruned_linear(
     """
     # About 2 us a call, as much as F.linear: sizes go to new_empty one by one, because parsing
     # a tuple costs another 0.7 us.
-    kind = _TYPES.get(x.dtype)
+    kind = TYPES.get(x.dtype)
     shape = x.shape
     if kind is None or not shape or not x.is_cpu:
         return _converted(x, packed, out_features, activation, residual)
@@ -278,11 +273,11 @@ def pruned_linear(
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     if len(shape) == 2:
         m, k = shape
-        y = _room(x, m, out_features)
+        y = room(x, m, out_features)
     else:
         *leading, k = shape
         m = math.prod(leading)
-        y = _room(x, *leading, out_features)
+        y = room(x, *leading, out_features)
     stride = k
     if not x.is_contiguous():
         if len(shape) == 2 and x.stride(1) == 1 and x.stride(0) >= k:
@@ -296,12 +291,12 @@ def pruned_linear(
                 f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
             )
         residual = residual.contiguous()
-    # _aligned without its call: 0.1 us.
+    # aligned without its call: 0.1 us.
     if not packed.is_cpu or packed.dtype is not torch.uint8 or not packed.is_contiguous():
-        packed = _aligned(packed)
+        packed = aligned(packed)
     buffer = packed.data_ptr()
     if buffer & 63:
-        packed = _aligned(packed)
+        packed = aligned(packed)
         buffer = packed.data_ptr()
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread, 17 ns
     _C.pruned_linear(
@@ -334,9 +329,9 @@ def pruned_linears(
     # One flat list: four times fewer objects for the binding to take apart.
     layers: list[int] = []
     ys: list[Tensor] = []
-    packed = [_aligned(p) for p in packed]
+    packed = [aligned(p) for p in packed]
     for p, n in zip(packed, out_features, strict=True):
-        y = _room(wide, *leading, n)
+        y = room(wide, *leading, n)
         layers += (p.data_ptr(), p.numel(), y.data_ptr(), n)
         ys.append(y)
     _C.pruned_linears(layers, wide.data_ptr(), m, k, stride, kind)
@@ -356,9 +351,9 @@ def pruned_glu(
     """
     check_choice("activation", activation, tuple(ACTIVATIONS))
     wide, kind, stride = _operand(x)
-    gate, up = _aligned(gate), _aligned(up)
+    gate, up = aligned(gate), aligned(up)
     *leading, k = wide.shape
-    y = _room(wide, *leading, out_features)
+    y = room(wide, *leading, out_features)
     _C.pruned_glu(
         gate.data_ptr(),
         gate.numel(),
@@ -402,194 +397,12 @@ def probe_read(buffer: Tensor) -> float:
     return float(_C.probe_read(buffer.data_ptr(), buffer.numel()))
 
 
-def encoder_layer(
-    x: Tensor,
-    packed: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    eps: Sequence[float],
-    heads: int,
-    head_size: int,
-    scale: float,
-    activation: str,
-    mask: Tensor | None,
-) -> Tensor:
-    """Run `reference.encoder_layer` in one call.
-
-    Args:
-        x (`Tensor` [B, S, K]): float32 or bfloat16.
-        packed: query, key, value, output, up and down, from :func:`prepare`.
-        norms: weight and bias of both norms, of x's dtype; eps of both.
-        mask (`Tensor` [B, heads, S, S], *optional*): expanded, of a dtype of `MASK_TYPES`.
-    """
-    torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
-    x = x.contiguous()
-    y = _room(x, *x.shape)
-    packed = [_aligned(p) for p in packed]
-    norms = [norm.contiguous() for norm in norms]
-    mask_type, mask_address, strides = 0, 0, [0, 0, 0]
-    if mask is not None:
-        if mask.stride(-1) != 1:
-            mask = mask.contiguous()
-        mask_type, mask_address = MASK_TYPES[mask.dtype], mask.data_ptr()
-        strides = [stride * mask.element_size() for stride in mask.stride()[:3]]
-    _C.encoder_layer(
-        [*(p.data_ptr() for p in packed), *(p.numel() for p in packed)],
-        [norm.data_ptr() for norm in norms],
-        eps,
-        [*x.shape, heads, head_size],
-        scale,
-        ACTIVATIONS[activation],
-        _TYPES[x.dtype],
-        x.data_ptr(),
-        y.data_ptr(),
-        mask_type,
-        mask_address,
-        strides,
-    )
-    return y
-
-
-class DecoderLayers:
-    """The packed Linears and norms of a stack of Llama layers, and their addresses in one table.
-
-    Args:
-        packed: query, key, value, output, gate, up and down of each layer, from :func:`prepare`.
-        norms: attention's and the MLP's [hidden] of each layer, and one at the end.
-
-    Raises:
-        ValueError: gate and up of a layer don't keep the same rows and columns.
-    """
-
-    def __init__(self, packed: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
-        # Aliases: the addresses stay good whatever happens to the modules.
-        self.packed = [_aligned(p.detach()) for p in packed]
-        self.norms = [norm.detach().contiguous() for norm in norms]
-        self.hidden, self.dtype = len(self.norms[0]), self.norms[0].dtype
-        self.count = len(self.packed) // 7
-        for norm in self.norms:
-            if norm.shape != (self.hidden,) or norm.dtype != self.dtype or not norm.is_cpu:
-                raise ValueError(
-                    f"norms must be {self.dtype} [{self.hidden}], "
-                    f"got {norm.dtype} {list(norm.shape)} on {norm.device}"
-                )
-        rows = []
-        for i in range(self.count):
-            layer = self.packed[7 * i : 7 * i + 7]
-            inner = describe(layer[4])
-            pruned_glu(self.norms[0].new_empty(0, inner.in_features), layer[4], layer[5],
-                       inner.out_features)  # fmt: skip
-            norm_pair = self.norms[2 * i : 2 * i + 2]
-            rows.append(
-                [p.data_ptr() for p in layer]
-                + [p.numel() for p in layer]
-                + [norm.data_ptr() for norm in norm_pair]
-            )
-        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-    def __reduce__(self) -> tuple[type[DecoderLayers], tuple[list[Tensor], list[Tensor]]]:
-        return DecoderLayers, (self.packed, self.norms)
-
-
-def decoder(
-    x: Tensor,
-    layers: DecoderLayers,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    past: int,
-    mask: Tensor | None,
-    eps: float,
-    scale: float,
-    activation: str,
-) -> Tensor:
-    """Run a stack of Llama layers, see :func:`finegates.ops.decoder.decoder`.
-
-    Raises:
-        ValueError: an argument does not fit; TypeError: x is not a float CPU tensor.
-    """
-    kind = _TYPES.get(x.dtype)
-    if kind is None or not x.is_cpu:
-        raise TypeError(f"x must be a float32 or bfloat16 CPU tensor, got {x.dtype} on {x.device}")
-    if x.dim() != 3 or x.shape[2] != layers.hidden or x.dtype != layers.dtype:
-        raise ValueError(
-            f"x must be {layers.dtype} [B, S, {layers.hidden}], got {x.dtype} {list(x.shape)}"
-        )
-    batch, queries, hidden = x.shape
-    shape = keys[0].shape
-    fits = len(shape) == 4 and shape[0] == batch and shape[3] > 0
-    for name, side in (("keys", keys), ("values", values)):
-        for t in side:
-            if not (
-                fits and t.shape == shape and t.dtype == x.dtype and t.is_cpu and t.is_contiguous()
-            ):
-                raise ValueError(
-                    f"{name} must be contiguous {x.dtype} [{batch}, G, C, D] of one shape on the "
-                    f"CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-                )
-    _, groups, capacity, head = shape
-    check_device(x, cos=cos, sin=sin, positions=positions, mask=mask)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 2 or table.shape[1] != head or table.dtype != x.dtype:
-            raise ValueError(
-                f"{name} must be {x.dtype} [P, {head}], got {table.dtype} {list(table.shape)}"
-            )
-    if sin.shape != cos.shape or positions.shape != (batch, queries):
-        raise ValueError(
-            f"positions must be [{batch}, {queries}] and sin like cos, "
-            f"got {list(positions.shape)} and {list(sin.shape)}"
-        )
-    mask_tokens = mask_batch = mask_query = 0
-    if mask is not None:
-        wanted = (batch,) if mask.dim() == 2 else (batch, queries)
-        if mask.dtype != torch.bool or mask.dim() > 3 or mask.shape[:-1] != wanted:
-            raise ValueError(
-                f"mask must be bool [{batch}, T] or [{batch}, {queries}, T], "
-                f"got {mask.dtype} {list(mask.shape)}"
-            )
-        if mask.stride(-1) != 1:
-            mask = mask.contiguous()
-        mask_tokens, mask_batch = mask.shape[-1], mask.stride(0)
-        mask_query = mask.stride(1) if mask.dim() == 3 else 0
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    positions = positions.to(torch.int64).contiguous()
-    y = _room(x, *x.shape)
-    if y.numel() == 0:
-        return y
-    torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
-    _C.decoder(
-        layers.table.data_ptr(),
-        layers.count,
-        [t.data_ptr() for pair in zip(keys, values, strict=True) for t in pair],
-        layers.norms[-1].data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        hidden,
-        eps,
-        ACTIVATIONS[activation],
-        kind,
-        (batch, queries, describe(layers.packed[0]).out_features // head, groups, head),
-        past,
-        capacity,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        cos.shape[0],
-        positions.data_ptr(),
-        _pointer(mask),
-        (mask_tokens, mask_batch, mask_query),
-        mask is None or mask.dim() == 2,
-        scale,
-    )
-    return y
-
-
 def _operand(x: Tensor) -> tuple[Tensor, int, int]:
     """Return x as the kernels read it (float16 in float32), its type code and row stride."""
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
     if x.dtype is torch.float16:
         x = x.float()
-    kind = _TYPES.get(x.dtype)
+    kind = TYPES.get(x.dtype)
     if kind is None or not x.is_cpu or x.dim() == 0:
         raise TypeError(
             "x must be a float32, bfloat16 or float16 CPU tensor with a last dimension, "

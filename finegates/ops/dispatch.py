@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from .. import _env, _native
-from . import _cpu, _native_gated, _triton, _triton_gated, packing, reference
+from . import (
+    _cpu,
+    _cpu_blocks,
+    _native_gated,
+    _triton,
+    _triton_gated,
+    packing,
+    reference,
+    reference_blocks,
+)
 
 _log = logging.getLogger("finegates")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -117,7 +126,7 @@ def _encoder_layer_why_not(x: Tensor, *_: object) -> str | None:
 def encoder_layer_torch(x: Tensor, packed: Sequence[Tensor], *args: Any) -> Tensor:
     """Run the reference on unpacked copies of the weights."""
     inner = _cpu.describe(packed[4]).out_features
-    return reference.encoder_layer(x, [_cpu.unpack(p) for p in packed], inner, *args)
+    return reference_blocks.encoder_layer(x, [_cpu.unpack(p) for p in packed], inner, *args)
 
 
 def _decoder_why_not(x: Tensor, *_: object) -> str | None:
@@ -126,12 +135,12 @@ def _decoder_why_not(x: Tensor, *_: object) -> str | None:
 
 
 def _decoder_native(x: Tensor, packed: list[Tensor], norms: list[Tensor], *args: Any) -> Tensor:
-    return _cpu.decoder(x, _cpu.DecoderLayers(packed, norms), *args)
+    return _cpu_blocks.decoder(x, _cpu_blocks.DecoderLayers(packed, norms), *args)
 
 
 def _decoder_torch(x: Tensor, packed: list[Tensor], *args: Any) -> Tensor:
     layers = [(_cpu.unpack(p), _cpu.describe(p).out_features) for p in packed]
-    return reference.decoder(x, layers, *args)
+    return reference_blocks.decoder(x, layers, *args)
 
 
 def _packed_row(
@@ -162,7 +171,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "packed_linear": _packed_row(_cpu.pruned_linear, _packed_linear_torch),
     "packed_linears": _packed_row(_cpu.pruned_linears, _packed_linears_torch),
     "packed_glu": _packed_row(_cpu.pruned_glu, _packed_glu_torch),
-    "encoder_layer": _packed_row(_cpu.encoder_layer, encoder_layer_torch, _encoder_layer_why_not),
+    "encoder_layer": _packed_row(
+        _cpu_blocks.encoder_layer, encoder_layer_torch, _encoder_layer_why_not
+    ),
     "decoder": _packed_row(_decoder_native, _decoder_torch, _decoder_why_not),
     "gated_linear": (
         _triton_entry(_triton_gated.why_not, _triton_gated.gated_linear),

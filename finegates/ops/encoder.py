@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from . import _cpu, dispatch, eager
+from . import _cpu_blocks, dispatch, eager
 from .checks import check_choice, check_device, transformed, wants_gradient
 from .reference import ACTIVATIONS
 from .schema import _library as library
@@ -79,13 +79,13 @@ def encoder_layer(
     if wants_gradient(x, *norms) or transformed():
         return dispatch.encoder_layer_torch(*args)
     if eager.is_plain(x):
-        return _cpu.encoder_layer(*args)
+        return _cpu_blocks.encoder_layer(*args)
     y: Tensor = ops.encoder_layer.default(*args)
     return y
 
 
 def _expanded(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if mask.dtype not in _cpu.MASK_TYPES:
+    if mask.dtype not in _cpu_blocks.MASK_TYPES:
         raise ValueError(f"mask must be bool, float32 or bfloat16, got {mask.dtype}")
     try:
         return mask.expand(shape)

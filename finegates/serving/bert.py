@@ -10,7 +10,7 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
-from ..ops import _cpu, encoder_layer
+from ..ops import _cpu_blocks, encoder_layer
 from ..ops.checks import autocasts
 from .fused import FusedBlock, hooked
 from .packed_linear import PackedLinear
@@ -62,7 +62,7 @@ class FusedEncoderLayer(FusedBlock):
             if not isinstance(layer, PackedLinear) or layer.activation != "none":
                 return "one of its Linears isn't packed"
         width = attention.self.num_attention_heads * attention.self.attention_head_size
-        if not 0 < attention.self.attention_head_size <= _cpu.MOST_ENCODER_HEAD:
+        if not 0 < attention.self.attention_head_size <= _cpu_blocks.MOST_ENCODER_HEAD:
             return f"heads of {attention.self.attention_head_size} features"
         if any(layer.out_features != width for layer in _linears(block)[:3]):
             return f"its query, key or value doesn't have {width} features"

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from ..ops import _cpu, decoder, eager
+from ..ops import _cpu_blocks, decoder, eager
 from ..ops.checks import transforms_run
 from .fused import FusedBlock, hooked
 from .growing_cache import GrowingLayer
@@ -60,7 +60,7 @@ class _Constants(NamedTuple):
 class _Parts(NamedTuple):
     """What a call reads of a model body."""
 
-    layers: _cpu.DecoderLayers
+    layers: _cpu_blocks.DecoderLayers
     constants: _Constants
     groups: int
     tables: dict[torch.dtype, tuple[Tensor, Tensor]]  # cos and sin of the first positions
@@ -100,7 +100,7 @@ class _FusedStack(FusedBlock):
         if len({*constants, _constants(layers[0], block.norm)}) > 1:
             return "its layers differ in head_dim, scaling, activation or epsilon"
         head = layers[0].self_attn.head_dim
-        if head % 2 or not 0 < head <= _cpu.MOST_HEAD:
+        if head % 2 or not 0 < head <= _cpu_blocks.MOST_HEAD:
             return f"heads of {head} features"
         if type(layers[0].mlp.act_fn) not in _ACTIVATIONS:
             return f"unknown activation {type(layers[0].mlp.act_fn).__name__}"
@@ -229,7 +229,7 @@ class _FusedStack(FusedBlock):
         tensors = (cos, sin, rows, cached.keys, cached.values, cached.past, mask)
         eps, scale, activation = constants.eps, constants.scale, _ACTIVATIONS[constants.activation]
         if eager.is_plain(x):
-            y = _cpu.decoder(x, layers, *tensors, eps, scale, activation)
+            y = _cpu_blocks.decoder(x, layers, *tensors, eps, scale, activation)
         else:
             y = decoder(x, layers.packed, layers.norms, *tensors,
                         eps=eps, scale=scale, activation=activation)  # fmt: skip
@@ -286,10 +286,10 @@ class FusedQwen2Model(_FusedStack, qwen2.Qwen2Model):  # type: ignore[no-untyped
 FUSED = {c.plain: c for c in (FusedLlamaModel, FusedMistralModel, FusedQwen2Model)}
 
 
-def _decoder_layers(body: Any) -> _cpu.DecoderLayers:
+def _decoder_layers(body: Any) -> _cpu_blocks.DecoderLayers:
     packed = [layer.get_submodule(path).packed for layer in body.layers for path in _LINEARS]
     norms = [norm.weight for layer in body.layers for norm in _norms(layer)]
-    return _cpu.DecoderLayers(packed, [*norms, body.norm.weight])
+    return _cpu_blocks.DecoderLayers(packed, [*norms, body.norm.weight])
 
 
 def _norms(layer: Any) -> tuple[Any, Any]:
