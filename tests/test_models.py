@@ -1,6 +1,5 @@
 """Loading the default model and any other by name, with a new head."""
 
-import gguf
 import pytest
 import torch
 from transformers import (
@@ -15,6 +14,7 @@ import finegates.hf  # noqa: F401 - lets from_pretrained load what was pruned
 from finegates import gate_, prune_
 from finegates.recipes import data
 from finegates.recipes.models import load_causal_lm, load_classifier, load_tokenizer, model_path
+from finegates.report.llama_cpp import write_gguf
 from tiny_text import config
 
 TINY = BertConfig(
@@ -97,40 +97,10 @@ def test_a_model_that_is_not_there_is_named(name):
             load(name)
 
 
-def write_gguf(path, model):
-    """Write a Llama as GGUF in fp32: llama.cpp's names, queries and keys in its rotary order."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for kind, count in heads.items():
-            if kind in name:
-                halves = tensor.view(count, 2, -1, tensor.shape[1])
-                tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        key = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(key, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file_becomes_a_plain_model(tmp_path):
     torch.manual_seed(0)
     saved = LlamaForCausalLM(config()).eval()
-    write_gguf(tmp_path / "tiny.gguf", saved)
+    write_gguf(saved, tmp_path / "tiny.gguf", "fp32")
     model = load_causal_lm(str(tmp_path / "tiny.gguf"))
     tokens = torch.arange(3, 12)[None]
     torch.testing.assert_close(model(tokens).logits, saved(tokens).logits)

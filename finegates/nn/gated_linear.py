@@ -274,10 +274,7 @@ class FusedGatedLinear(nn.Linear):
         weight: Tensor = self.weight.detach()
         weight = weight if rows is None else weight[rows]
         weight = weight if columns is None else weight[:, columns]
-        self._ordered = _Ordered(weight.contiguous(), rows, columns, self._weight_state())
-
-    def _weight_state(self) -> tuple[int, int]:
-        return _state(self.weight)
+        self._ordered = _Ordered(weight.contiguous(), rows, columns, _state(self.weight))
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return weight, bias, rows and columns as the kernels take them: ordered if that holds."""
@@ -286,7 +283,7 @@ class FusedGatedLinear(nn.Linear):
             ordered is None
             or torch.compiler.is_compiling()
             or self.weight.requires_grad
-            or ordered.source != self._weight_state()
+            or ordered.source != _state(self.weight)
         ):
             return self.weight, self.bias, None, None
         bias: Tensor | None = self.bias

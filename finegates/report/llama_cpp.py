@@ -12,23 +12,6 @@ from torch import Tensor
 
 from .work import STRIDE, Call, Work
 
-_TENSORS = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_TENSORS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
 
 def write_gguf(model: Any, path: str | os.PathLike[str], dtype: str) -> None:
     """Write a dense transformers Llama as GGUF without a vocabulary.
@@ -57,25 +40,19 @@ def write_gguf(model: Any, path: str | os.PathLike[str], dtype: str) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         value = parameter.detach().float()
         if ".q_proj." in name or ".k_proj." in name:
             value = _interleaved(value, config.head_dim)
         stored = kind if value.dim() == 2 else types.F32
         data = gguf.quants.quantize(value.numpy(), stored)
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=stored)
+        key = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(key, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _gguf_name(name: str) -> str:
-    if name in _TENSORS:
-        return _TENSORS[name]
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    module, _, parameter = rest.rpartition(".")
-    return f"blk.{layer}.{_LAYER_TENSORS[module]}.{parameter}"
 
 
 def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
