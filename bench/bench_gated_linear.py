@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_clock import Clock, allocated, row, write
+from gpu_clock import Clock, allocated, command_line, main, row, write
 from gpu_layers import Layer, Provider, make, providers
 from shapes import GPU_LAYERS, GPU_TINY, GPU_TINY_TOKENS, GPU_TOKENS
 
 from finegates import GateConfig
 
-RESULTS = Path(__file__).parent / "results" / "gpu"
 # A step over the frozen Linear's, at most: by the start of the layer's name.
 BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
 COMPILED_BAR = 1.5  # times faster than torch.compile of naive gates, at RoBERTa-base
@@ -125,21 +123,9 @@ def run(arguments: argparse.Namespace) -> int:
     return int(wrong > 0 or (missed > 0 and not dry))
 
 
-def main() -> int:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dry-run", action="store_true")
+if __name__ == "__main__":
+    parser = command_line(__doc__, "gated_linear.csv", repeats=50)
     parser.add_argument("--layer", default="", help="start of the layers' names")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--distribution", default="gaussian", choices=("gaussian", "hard_concrete"))
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=RESULTS / "gated_linear.csv")
-    arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        sys.stderr.write("no GPU here; --dry-run runs the same lines on a CPU\n")
-        return 2
-    return run(arguments)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(parser, run))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import finegates
 
+RESULTS = Path(__file__).parent / "results" / "gpu"
 # More than the L2 of an H100 (50 MiB) or a B200 (126 MiB): every call starts with cold caches.
 FLUSH_BYTES = 256 * 2**20
 # torch's allocator hands out multiples of this many bytes.
@@ -161,3 +164,21 @@ def assert_correct(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> Non
     allowed += torch.finfo(plain.dtype).eps * exact.abs().max().item()
     if not error <= allowed:
         raise AssertionError(f"{name} is wrong, not timed: error {error:.2e} above {allowed:.2e}")
+
+
+def command_line(description: str | None, table: str, repeats: int) -> argparse.ArgumentParser:
+    """Return what the command line of every GPU table takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--output", type=Path, default=RESULTS / table)
+    return parser
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> int:
+    """Parse the command line and run; refuses without a GPU, other than dry."""
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        sys.stderr.write("no GPU here; --dry-run runs the same lines on a CPU\n")
+        return 2
+    return run(arguments)

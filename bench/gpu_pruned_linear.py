@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import Clock, assert_correct, row, write
+from gpu_clock import Clock, assert_correct, command_line, main, row, write
 from shapes import GPU_DECODE, GPU_LAYERS, GPU_TINY, REMOVED, kept
 
 from finegates.ops import pruned_linear, reference
 
-RESULTS = Path(__file__).parent / "results" / "gpu"
 BAR = 1.4
 
 
@@ -89,18 +87,5 @@ def run(arguments: argparse.Namespace) -> int:
     return int(wrong > 0 or (missed > 0 and not dry))
 
 
-def main() -> int:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=RESULTS / "pruned_linear.csv")
-    arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        sys.stderr.write("no GPU here; --dry-run runs the same lines on a CPU\n")
-        return 2
-    return run(arguments)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(command_line(__doc__, "pruned_linear.csv", repeats=100), run))
