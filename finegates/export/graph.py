@@ -24,7 +24,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Beyond this the weights go into a file of their own: a protobuf ends at 2 GB.
 _ONE_FILE = 1_500_000_000
 # A runtime's gather moves single elements. Measured per element as multiply-adds of its GEMM, with
-# 40 % removed of 768x768, 3072x768 and 768x3072 at 128 rows (docs/serving.md has the times).
+# 40 % removed of 768x768, 3072x768 and 768x3072 at 128 rows, by a trial.
 _GATHER_COST = {"onnx": 256, "openvino": 32}
 
 
