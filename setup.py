@@ -28,6 +28,7 @@ PACKAGES = [
     "finegates.ops",
     "finegates.hf",
     "finegates.recipes",
+    "finegates.recipes.llama",  # configs only
     "finegates.report",
     "finegates.serving",
     "finegates.export",
@@ -230,7 +231,7 @@ if reason is not None:
 
 setup(
     packages=PACKAGES,
-    package_data={"finegates.recipes": ["llama/*.json"]},
+    package_data={"finegates.recipes.llama": ["*.json"]},
     ext_modules=[]
     if reason
     else [Extension("finegates._C", [f"csrc/{name}" for name in sources(platform.machine())])],
