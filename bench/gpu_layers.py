@@ -15,8 +15,10 @@ from shapes import CLOSED, REMOVED
 from torch import Tensor
 
 from finegates import GateConfig
-from finegates.ops import _triton_gated, gated_matmul, reference
+from finegates.nn import Held
+from finegates.ops import _triton_gated, alignment, gated_matmul, reference
 from finegates.ops.gated_call import GatedCall
+from finegates.surgery.shrink import held_of
 
 LEAVES = ("x", "w", "b", "row_logits", "column_logits")
 FAR = 20.0  # a logit that no noise brings back
@@ -27,6 +29,7 @@ class Layer:
     """The operands of a step; what requires a gradient is what it trains.
 
     ``laid_out`` is w as the op takes it: in the order of rows and columns, or only those.
+    ``living`` is 0 for rows of it that only fill up their number, as `FusedGatedLinear` does.
     """
 
     x: Tensor
@@ -39,6 +42,7 @@ class Layer:
     laid_out: Tensor
     rows: Tensor | None = None
     columns: Tensor | None = None
+    living: Tensor | None = None
     kept: float = 1.0
 
     @property
@@ -56,8 +60,8 @@ class Layer:
     def gated(self, seed: Tensor | None = None) -> Tensor:
         """Ours: gates sampled inside the op."""
         b = self.b
-        if b is not None and self.rows is not None:
-            b = b.index_select(0, self.rows)
+        if b is not None:
+            b = Held(self.rows, self.living).part(b, 0)
         return gated_matmul(
             self.x, self.laid_out, b, self.row_logits, self.column_logits,
             self.seed() if seed is None else seed,
@@ -222,18 +226,23 @@ def ordered(layer: Layer, closed: float) -> Layer:
 
 
 def compact(layer: Layer, removed: float = REMOVED) -> Layer:
-    """Return the layer with ranking gates that close that share of w, and only the rest of w."""
-    share = math.sqrt(1.0 - removed)
-    sides = [_open_and_closed(size, round(size * share), layer)[0] for size in layer.w.shape]
+    """Return the layer with ranking gates that close that share of w, and only the rest of w.
+
+    Filled up as `shrink_` does it.
+    """
+    counts = [round(size * math.sqrt(1.0 - removed)) for size in layer.w.shape]
     row, column = (
-        torch.full_like(logits.detach(), -1.0).index_fill(0, opened, 1.0).requires_grad_()
-        for logits, opened in zip((layer.row_logits, layer.column_logits), sides, strict=True)
+        torch.full_like(logits.detach(), -1.0)
+        .index_fill(0, _open_and_closed(len(logits), count, layer)[0], 1.0)
+        .requires_grad_()
+        for logits, count in zip((layer.row_logits, layer.column_logits), counts, strict=True)
     )
-    kept = layer.w.detach()[sides[0]][:, sides[1]].contiguous()
+    rows, columns = (held_of(z > 0, alignment(z.device)) for z in (row, column))
     return replace(
         layer, config=GateConfig(distribution="ranking"), row_logits=row, column_logits=column,
-        rows=sides[0].int(), columns=sides[1].int(), laid_out=kept,
-        kept=kept.numel() / layer.w.numel(),
+        rows=rows.features, columns=columns.features, living=rows.living,
+        laid_out=columns.part(rows.part(layer.w.detach(), 0), 1),
+        kept=math.prod(counts) / layer.w.numel(),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .gate import feature_of, fill_gaps, fill_gate, gate_derivative, tile_count, tile_order
 from .gated_matmul import gated_dot
-from .launch import OPTIONS, REDUCE, Tile, cdiv, gemm_options, gemm_tile
+from .launch import ALIGN, OPTIONS, REDUCE, Tile, cdiv, gemm_options, gemm_tile
 from .norm_gather import gather_columns
 from .operands import Gates, Weight
 
@@ -374,7 +374,7 @@ def gated_matmul_bwd_w(
     rows, columns = weight.rows, weight.columns
     dy, _ = gather_columns(dy, rows, always=True)
     x, _ = gather_columns(x, columns, always=True)
-    tile = gemm_tile("bwd_w_odd" if n % 16 or k % 16 else "bwd_w", x, m, n, k)
+    tile = gemm_tile("bwd_w_odd" if n % ALIGN or k % ALIGN else "bwd_w", x, m, n, k)
     tiles_n, tiles_k = cdiv(n, tile.n), cdiv(k, tile.k)
     dw = torch.empty(n, k, dtype=x.dtype, device=x.device)
     dc = _partial(x, tiles_n, k_in, columns) if wanted[0] else None

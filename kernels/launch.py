@@ -54,7 +54,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "cdna": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
-    # Sizes that are no multiples of 16, as kept counts are: a load and an address per element.
+    # Sizes that are no multiples of `ALIGN`: a load and an address per element.
     ("bwd_w_odd", 16): {
         **dict.fromkeys(FAMILIES, (Tile(64, 64, 64, 4, 4),)),
         "consumer": (Tile(64, 64, 64, 4, 3),),
@@ -115,6 +115,8 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
 }
+# Elements: Triton specialises sizes and strides that are multiples of it, and loads 16 bytes there.
+ALIGN = 16
 # Up to this many tokens a GEMM gathers x in its own loads; beyond, one pass makes it dense first.
 GATHER_ROWS = 64
 # (elements of a row, of a column) a program of the streaming kernels takes.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finegates import FusedGatedLinear, Gate, GateConfig, GateMap, gate_
+from finegates.nn import Held
 from finegates.surgery import GateController, budget, shrink
 from finegates.surgery.budget import on_host
 from finegates.surgery.shrink import expand_, shrink_
@@ -74,9 +75,27 @@ def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) 
             assert (ours[n] - expected[n]).abs().max() <= allowed, n
 
 
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Fill kept features up, as on a GPU, in fives: sizes are multiples of it and not."""
+    multiple = 5
+    monkeypatch.setattr(shrink, "alignment", lambda device: multiple)
+    return multiple
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_step_is_the_masked_step(name: str) -> None:
     """In fp64, loss and every gradient, over a whole schedule in which the ranking moves."""
+    every_step_is_the_masked_step(name)
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_filled_step_is_the_masked_step(name: str) -> None:
+    every_step_is_the_masked_step(name)
+
+
+def every_step_is_the_masked_step(name: str) -> None:
     model, config = gated(name, shrink_every=3)
     controller = GateController(model, STEPS)
     controller.start()
@@ -118,6 +137,28 @@ def test_the_inside_of_an_mlp_is_compact() -> None:
     logits(model)
     assert seen == [alive]
     assert alive < 20
+
+
+def test_features_are_filled_up_where_the_side_has_as_many(filled: int) -> None:
+    """A GPU's kernels get whole multiples; sides without enough dead features stay as they are."""
+    seen = set()
+    for share in (0.6, 0.9):
+        model, _ = gated("bert", tie="none")
+        scatter_gates_(model, share)
+        gates = GateMap(model)
+        shrink_(gates)
+        for alive, held in gates.kept.values():
+            size, living = len(alive), int(alive.sum())
+            kept = torch.arange(size) if held.features is None else held.features.long()
+            short = -living % filled
+            assert len(kept) == living + (short if living + short <= size else 0)
+            assert alive[kept].sum() == living
+            if held.living is None:
+                assert len(kept) == living
+            else:
+                assert torch.equal(held.living.bool(), alive[kept])
+            seen.add((held.features is None, held.living is None))
+    assert {(False, False), (False, True), (True, False)} <= seen
 
 
 @pytest.mark.parametrize("name", ["bert", "llama-untied-lora"])
@@ -177,13 +218,16 @@ def test_the_host_waits_as_often_for_many_layers_as_for_one(
         monkeypatch.setattr(module, "on_host", counted)
     shrink_(gates)
     assert len(waits) == 2
-    maps = [index for _, index in gates.kept.values() if index is not None]
+    maps = maps_of(gates)
     assert len(maps) >= 5 * layers
     assert len({index.untyped_storage().data_ptr() for index in maps}) == 1
     assert all(index.data_ptr() % 16 == 0 for index in maps)
     shrink_(gates)
-    again = [index for _, index in gates.kept.values() if index is not None]
-    assert all(a is b for a, b in zip(maps, again, strict=True))
+    assert all(a is b for a, b in zip(maps, maps_of(gates), strict=True))
+
+
+def maps_of(gates: GateMap) -> list[Tensor]:
+    return [held.features for _, held in gates.kept.values() if held.features is not None]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -248,4 +292,4 @@ def test_only_binary_gates_can_be_left_out() -> None:
         GateConfig(shrink_every=-1)
     layer = FusedGatedLinear(4, 4, config=GateConfig(distribution="gaussian"))
     with pytest.raises(ValueError, match="distribution must be 'ranking', got 'gaussian'"):
-        layer.shrink_(None, None)
+        layer.shrink_(Held(), Held())

@@ -36,12 +36,36 @@ def _closed_last(gate: Gate | None) -> Tensor | None:
     return torch.argsort(closed.int(), stable=True).int() if closed.sum() >= _TILE else None
 
 
+class Held(NamedTuple):
+    """The features of a side that a shrunk layer computes with.
+
+    Args:
+        features (`Tensor` int32, *optional*): in rising order; None for all.
+        living (`Tensor` int32, *optional*): 1 for a living feature and 0 for a dead one, which only
+            fills their number up to what a GPU loads at once; None where all live.
+    """
+
+    features: Tensor | None = None
+    living: Tensor | None = None
+
+    def part(self, tensor: Tensor, side: int) -> Tensor:
+        """Return these features of dimension ``side``, with 0 for the dead ones.
+
+        The tensor itself where that is everything.
+        """
+        if self.features is not None:
+            tensor = tensor.index_select(side, self.features)
+        if self.living is not None:
+            tensor = tensor * (self.living[:, None] if side < tensor.dim() - 1 else self.living)
+        return tensor
+
+
 class _Compact(NamedTuple):
     """What `FusedGatedLinear.shrink_` keeps of a layer, and what it was kept for."""
 
     weight: Tensor | None
-    rows: Tensor | None
-    columns: Tensor | None
+    rows: Held
+    columns: Held
     inner_rows: bool
     inner_columns: bool
     sources: tuple[tuple[Tensor, int, int], ...]
@@ -170,8 +194,8 @@ class FusedGatedLinear(nn.Linear):
     @torch.no_grad()
     def shrink_(
         self,
-        rows: Tensor | None,
-        columns: Tensor | None,
+        rows: Held,
+        columns: Held,
         *,
         inner_rows: bool = False,
         inner_columns: bool = False,
@@ -184,8 +208,8 @@ class FusedGatedLinear(nn.Linear):
         in a way that its version counter tells; the whole layer computes then.
 
         Args:
-            rows, columns (`Tensor` int32, *optional*): sorted open features; None for all. A frozen
-                weight is gathered again where they are other tensors than last time.
+            rows, columns: the open features and what fills them up. A frozen weight is gathered
+                again where they are other objects than last time.
             inner_rows, inner_columns: y holds the given rows side by side, x the given columns:
                 for features that only layers see that are shrunk together.
             sources: the logits and frozen weights for which rows and columns hold.
@@ -206,7 +230,7 @@ class FusedGatedLinear(nn.Linear):
             ):
                 weight = old.weight
             else:
-                weight = _part(self.weight.detach(), rows, columns)
+                weight = columns.part(rows.part(self.weight.detach(), 0), 1)
         stamped = tuple((source, *_state(source)) for source in sources)
         self._compact = _Compact(weight, rows, columns, inner_rows, inner_columns, stamped)
 
@@ -215,14 +239,15 @@ class FusedGatedLinear(nn.Linear):
         self._compact = None
 
     def _compute_compact(self, x: Tensor, compact: _Compact) -> Tensor:
+        rows, columns = compact.rows, compact.columns
         weight = compact.weight
         if weight is None:
-            weight = _part(self.weight, compact.rows, compact.columns)
+            weight = columns.part(rows.part(self.weight, 0), 1)
         bias: Tensor | None = self.bias
-        if bias is not None and compact.rows is not None:
-            bias = bias.index_select(0, compact.rows)
-        row = _side(self.row_gate, compact.rows, compact.inner_rows)
-        column = _side(self.column_gate, compact.columns, compact.inner_columns)
+        if bias is not None:
+            bias = rows.part(bias, 0)
+        row = _side(self.row_gate, rows.features, compact.inner_rows)
+        column = _side(self.column_gate, columns.features, compact.inner_columns)
         y = gated_matmul(
             x,
             weight,
@@ -245,9 +270,13 @@ class FusedGatedLinear(nn.Linear):
         r, c = (None if gate is None else gate.value() for gate in gates)
         # Times its own value, a closed gate keeps its 0 and loses its gradient.
         r, c = (None if z is None else z * z.detach() for z in (r, c))
-        rows = compact.rows if compact.inner_rows else None
-        columns = compact.columns if compact.inner_columns else None
-        update: Tensor = self.lora(x, r, c, rows, columns)
+        update: Tensor = self.lora(
+            x,
+            r,
+            c,
+            rows.features if compact.inner_rows else None,
+            columns.features if compact.inner_columns else None,
+        )
         return y + update
 
     @torch.no_grad()
@@ -340,9 +369,3 @@ def _side(gate: Gate | None, kept: Tensor | None, inner: bool) -> _Side:
     if not inner or kept is None:
         return _Side(gate.logits, gate.span_width, kept)
     return _Side(gate.spread(gate.logits).index_select(0, kept), None, None)
-
-
-def _part(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Return the given rows and columns, the weight itself where that is everything."""
-    weight = weight if rows is None else weight.index_select(0, rows)
-    return weight if columns is None else weight.index_select(1, columns)

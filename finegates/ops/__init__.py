@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference, schema
-from ._triton import INTERPRETED
+from ._triton import INTERPRETED, alignment
 from .checks import (
     autocasts,
     check_choice,
@@ -25,6 +25,7 @@ from .sampled import gated_matmul, norm_gather, open_mass
 
 __all__ = [
     "INTERPRETED",
+    "alignment",
     "decoder",
     "encoder_layer",
     "gated_linear",

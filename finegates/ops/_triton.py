@@ -93,6 +93,16 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
+def alignment(device: torch.device) -> int:
+    """Return the multiple that kept counts should be on a device: 1 where no kernel here serves it.
+
+    A GPU loads 16 bytes at a time from rows of such a length, and one element from others.
+    """
+    serves = (device.type == "cuda" or INTERPRETED) and status() is None
+    multiple: int = kernels().launch.ALIGN if serves else 1
+    return multiple
+
+
 def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``run`` with the first argument's GPU as the current one, where Triton launches."""
 
@@ -171,13 +181,13 @@ _aligned_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _aligned(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return w with zero columns up to a multiple of 16, its last kept column repeated for them.
+    """Return w with zero columns up to the `alignment`, its last kept column repeated for them.
 
     An odd row length would leave 2-byte loads where 16-byte ones are possible. The copy is made
     once and lives as long as w; any change of w or columns makes it again. One that is made while a
     CUDA graph is captured is the graph's own: it has no values before the first replay.
     """
-    spare = -w.shape[1] % 16
+    spare = -w.shape[1] % kernels().launch.ALIGN
     if spare == 0 or w.shape[1] == 0 or w.is_inference() or columns.is_inference():
         return w, columns
     state = packing.state(w, None, None, columns, w.shape[0], w.shape[1])

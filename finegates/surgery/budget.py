@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gate
-from ..nn import FusedGatedLinear
+from ..nn import FusedGatedLinear, Held
 from .couplings import (
     AXES,
     ORDER,
@@ -69,8 +69,8 @@ class GateMap:
         }
         if not self.layers:
             raise ValueError("model has no FusedGatedLinear; call gate_(model, config) first")
-        # What `shrink_` kept last of a side: the mask on the host, and its map.
-        self.kept: dict[Side, tuple[Tensor, Tensor | None]] = {}
+        # What `shrink_` kept last of a side: the mask on the host, and what a layer gets for it.
+        self.kept: dict[Side, tuple[Tensor, Held]] = {}
         self.architecture: Architecture = architecture_of(model)
         self.linears: dict[str, nn.Linear] = dict(self.layers)
         for coupling in self.architecture.couplings:

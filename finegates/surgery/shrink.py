@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..nn import Held
+from ..ops import alignment
 from ..ops.index_map import trust_index_map
 from .budget import GateMap, on_host
 from .couplings import Side
@@ -43,32 +45,52 @@ def expand_(gates: GateMap) -> None:
         layer.expand_()
 
 
-def _keep(gates: GateMap, alive: dict[Side, Tensor]) -> None:
-    """Make the maps of the sides that have moved; a side that hasn't keeps its map.
+def held_of(alive: Tensor, multiple: int) -> Held:
+    """Return a side's living features, filled up with dead ones to a multiple of their number.
 
-    They reach a GPU in one transfer, each at a multiple of 16 bytes, as the kernels like their
-    operands.
+    A layer's compact weight is 0 there, so that no result changes. Where the side has not as many,
+    none are added.
+
+    Args:
+        alive (`Tensor` bool [size]): which features live.
+        multiple: see `alignment`.
     """
-    moved: dict[torch.device, dict[Side, Tensor]] = {}
+    dead = (~alive).nonzero().squeeze(1)
+    spare = -int(alive.sum()) % multiple
+    kept = alive if spare > len(dead) else alive.index_fill(0, dead[:spare], True)
+    features = None if kept.all() else kept.nonzero().squeeze(1).int()
+    return Held(features, None if torch.equal(kept, alive) else alive[kept].int())
+
+
+def _keep(gates: GateMap, alive: dict[Side, Tensor]) -> None:
+    """Find what is held of the sides that have moved; a side that hasn't keeps its own."""
+    moved: dict[torch.device, dict[Side, Held]] = {}
     for name, layer in gates.layers.items():
         device = layer.weight.device
         for side in (Side(name, "row"), Side(name, "column")):
             mask = alive[side]
-            last, index = gates.kept.get(side, (None, None))
-            here = index is None or index.device == device
+            last, held = gates.kept.get(side, (None, Held()))
+            here = all(tensor is None or tensor.device == device for tensor in held)
             if here and last is not None and torch.equal(last, mask):
                 continue
-            gates.kept[side] = (mask, None)
-            if not mask.all():
-                moved.setdefault(device, {})[side] = mask.nonzero().squeeze(1).int()
-    for device, indices in moved.items():
-        padded = [F.pad(index, (0, -len(index) % 4)) for index in indices.values()]
-        there = torch.cat(padded).to(device, non_blocking=True)
-        parts = torch.split(there, [len(index) for index in padded])
-        for (side, index), part in zip(indices.items(), parts, strict=True):
-            kept = part[: len(index)]
-            trust_index_map(kept, len(alive[side]))
-            gates.kept[side] = (alive[side], kept)
+            moved.setdefault(device, {})[side] = held_of(mask, alignment(device))
+    for device, sides in moved.items():
+        there = iter(_send([t for held in sides.values() for t in held if t is not None], device))
+        for side, held in sides.items():
+            features, living = (None if tensor is None else next(there) for tensor in held)
+            if features is not None:
+                trust_index_map(features, len(alive[side]))
+            gates.kept[side] = (alive[side], Held(features, living))
+
+
+def _send(indices: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Move int32 vectors in one transfer, each at a multiple of 16 bytes, as the kernels like."""
+    if not indices:
+        return []
+    padded = [F.pad(index, (0, -len(index) % 4)) for index in indices]
+    there = torch.cat(padded).to(device, non_blocking=True)
+    parts = torch.split(there, [len(index) for index in padded])
+    return [part[: len(index)] for part, index in zip(parts, indices, strict=True)]
 
 
 def _sources(gates: GateMap, names: tuple[str, ...]) -> list[Tensor]:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from triton.runtime import interpreter
 
-from finegates import FusedGatedLinear, GateConfig, gate_, use_backend
+from finegates import FusedGatedLinear, GateConfig, GateMap, gate_, use_backend
 from finegates.gates import Gate
 from finegates.ops import (
     _triton,
@@ -27,8 +28,10 @@ from finegates.ops import (
     schema,
 )
 from finegates.surgery import GateController
+from finegates.surgery.shrink import shrink_
 from gated_case import make
 from numerics import assert_no_worse
+from tiny_models import build, inputs, scatter_gates_
 
 DTYPES = [torch.float32, torch.float16]
 DTYPE_IDS = ["fp32", "fp16"]
@@ -303,6 +306,49 @@ def test_controller_refreshes_the_order(distribution: str) -> None:
     assert orders[:7] == [None] * 7, "no order was asked for, or nothing is closed yet"
     assert orders[9] is orders[10], "an order holds until the next"
     assert all(orders[11] is not other for other in (None, orders[9]))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("bert", {"hidden_size": 48}), ("llama", {"hidden_size": 64, "head_dim": 16})],
+)
+def test_what_is_left_of_a_model_is_aligned(
+    model_type: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept counts are filled up to multiples of 16, and nothing but the rounding changes."""
+    model = build(model_type, layers=1, intermediate_size=80, **sizes)
+    gate_(model, GateConfig(sparsity=0.5, closed_gradient=False))
+    scatter_gates_(model, 0.5)
+    batch = inputs()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    with use_backend("torch"):
+        masked = gradients()
+    gates = GateMap(model)
+    shrink_(gates)
+    removed = [held for _, held in gates.kept.values() if held.features is not None]
+    assert any(held.living is not None for held in removed)
+    launched: Counter[str] = Counter()
+    run = interpreter.GridExecutor.__call__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.arg_names, args, strict=False))
+        if {"N", "K"} <= set(given):
+            launched[self.fn.__name__] += 1
+            assert given["N"] % 16 == given["K"] % 16 == 0, self.fn.__name__
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    ours = gradients()
+    assert launched["_gated_matmul_fwd_kernel"] == len(gates.layers)
+    assert launched["_gated_matmul_bwd_x_kernel"] == len(gates.layers)
+    assert ours.keys() == masked.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, masked[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_order_is_kept_where_nothing_would_be_skipped() -> None:
