@@ -89,7 +89,11 @@ def test_wrong_and_broken_runtimes_are_not_timed(monkeypatch: pytest.MonkeyPatch
     def broken(*_: Any) -> Any:
         raise RuntimeError("it\nfell over")
 
+    def coarse(model: Any, *_: Any) -> Any:
+        return lambda work, _: lambda: 1.007 * serve(model, work)()
+
     peers = (
+        Runtime("coarse", lambda *_: None, coarse),
         Runtime("wrong", lambda *_: None, lambda *_: lambda w, _: lambda: torch.ones(2, 7, 61)),
         Runtime("nan", lambda *_: None, lambda *_: lambda w, _: lambda: torch.ones(2, 7, 61) / 0),
         Runtime("shape", lambda *_: None, lambda *_: lambda w, _: lambda: torch.ones(2, 7)),
@@ -102,6 +106,8 @@ def test_wrong_and_broken_runtimes_are_not_timed(monkeypatch: pytest.MonkeyPatch
         assert str(found[name].reason).startswith("wrong result, not timed: relative error ")
         assert found[name].p50 is None
     assert found["broken"].reason == "RuntimeError: it fell over"
+    assert found["coarse"].error == pytest.approx(7e-3, rel=0.01)
+    assert found["coarse"].p50 is not None
     assert found["optimized"].p50 is not None
 
 
