@@ -25,6 +25,7 @@ bench-models: $(VENV)/.installed  ## whole models of known shapes against every 
 	for shape in $(SHAPES); do \
 	  $(BIN)/finegates bench-model --shape $$shape --bars --json build/$$shape.json \
 	    --markdown build/$$shape.md --png build/$$shape.png || exit 1; done
+	$(BIN)/python bench/models.py $(SHAPES:%=build/%.json) --png build/models.png
 
 # With the caller's Python: the pins above are CPU builds of torch. docs/kernels.md says what it
 # needs. Everything runs, whatever failed before; what failed is named last.
