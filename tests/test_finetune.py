@@ -185,7 +185,6 @@ def test_foreign_folder_is_never_replaced(
         (["--model", "/no/such"], "model '/no/such' can't be loaded"),
         (["--data_dir", "/no/SST-2"], "train.tsv is not a file"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint must be True or a checkpoint"),
-        (["--load_best_model_at_end", "True"], "load_best_model_at_end must be False: the gates'"),
     ],
 )
 def test_bad_arguments_end_in_one_line(
@@ -277,6 +276,30 @@ def test_what_changes_the_result_makes_another_run(
     job(words(tiny, output, "--logging_steps", "3", "--save_steps", "5", "--disable_tqdm", "False"))
     with pytest.raises(ValueError, match="holds another run"):
         job(words(tiny, output, *change))
+
+
+def test_saving_steps_choose_where_the_best_checkpoint_is_loaded(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    best = ["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", "1"]
+    output = tmp_path / "run"
+    job(words(tiny, output, *best))
+    with pytest.raises(ValueError, match="holds another run"):
+        job(words(tiny, output, *best, "--save_steps", "4"))
+
+
+def test_job_ends_with_its_best_checkpoint(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "accuracy"]
+    steps = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_total_limit", "9"]
+    assert main(["finetune", *words(tiny, output, *best, *steps)]) == 0
+    state = json.loads((output / "gated" / "history.json").read_text())
+    scores = {e["step"]: e["eval_accuracy"] for e in state["log_history"] if "eval_accuracy" in e}
+    # The target is reached at 0.6 of the 8 steps.
+    assert state["best_metric"] == max(scores[6], scores[8])
+    rows = {row["model"]: row for row in json.loads((output / "report.json").read_text())["rows"]}
+    assert rows["reloaded"]["score"] == state["best_metric"]
+    assert rows["reloaded"]["removed"] == pytest.approx(0.4, abs=0.01)
 
 
 def test_gate_constants_are_part_of_the_run(

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, Trainer, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import finegates.hf
 from finegates import Gate, GateConfig, GateMap, gate_
@@ -129,6 +137,45 @@ def test_interrupted_run_is_not_hardened(tmp_path: Path) -> None:
         model=model, args=arguments(tmp_path), train_dataset=Tokens(), callbacks=[StopAt(3)]
     ).train()
     assert GateMap(model).removal().removed == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shrink_every": 3, "lora_rank": 2}, {"distribution": "gaussian"}, {"recovery": 0.4}],
+    ids=["ranking", "gaussian", "recovery"],
+)
+@pytest.mark.parametrize("patience", [1, 99], ids=["stopped-early", "to-the-end"])
+def test_best_checkpoint_comes_back_with_its_gates(
+    tmp_path: Path, changes: dict[str, Any], patience: int
+) -> None:
+    """Scores of steps 2 and 4, before the target is reached at 6, don't count."""
+    scores = dict(zip(range(2, STEPS + 1, 2), (0.9, 0.8, 0.1, 0.3, 0.2, 0.1), strict=True))
+    model = gated(warmup=0.25, ramp=0.25, **changes)
+    trainer = GatedTrainer(
+        model=model,
+        args=arguments(
+            tmp_path, save_steps=2, eval_steps=2, eval_strategy="steps", seed=3,
+            load_best_model_at_end=True, metric_for_best_model="score",
+        ),
+        train_dataset=Tokens(),
+        eval_dataset=torch.utils.data.Subset(Tokens(), range(4)),
+        compute_metrics=lambda _: {"score": scores[trainer.state.global_step]},
+        callbacks=[EarlyStoppingCallback(patience)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == (10 if patience == 1 else STEPS)
+    assert trainer.state.best_global_step == 8
+    best = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    found = {name: tensor for name, tensor in state(model).items() if name in best}
+    for name, tensor in found.items():
+        if name.endswith("logits"):
+            torch.testing.assert_close(tensor, best[name])
+        else:
+            assert torch.equal(tensor, best[name]), name
+    assert any(name.endswith("logits") for name in found)
+    assert GateMap(model).removal().fraction == pytest.approx(0.4, abs=0.01)
+    assert trainer.state.log_history[-1]["hardened"] == pytest.approx(0.0, abs=1e-6)
+    assert not any(layer.fixed for layer in GateMap(model).layers.values())
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:

@@ -86,8 +86,11 @@ class GateCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Meet the final budget, and log what that removed which was not removed before."""
-        if self.controller is not None and state.global_step >= state.max_steps:
+        """Meet the final budget, and log what that removed which was not removed before.
+
+        A run that stops before its target was reached leaves the gates where the schedule was.
+        """
+        if self.controller is not None and self.controller.at_target(state.global_step):
             self.controller.finish()
             hardened = {"hardened": self.controller.hardened, "step": state.global_step}
             state.log_history.append(hardened)
@@ -100,6 +103,11 @@ class GatedTrainer(Trainer):
     and so do the LoRA's factors where ``lora_learning_rate`` is set.
     Takes the arguments of `transformers.Trainer`; the model must have been through `gate_`. Under
     FSDP the logits stay whole on every process, see `replicate_`.
+
+    With ``load_best_model_at_end``, ``save_strategy="best"`` or early stopping, evaluations count
+    from the step on at which the schedule has reached ``sparsity``: before it a model scores better
+    because less is removed from it. The best checkpoint's gates come back with its weights, and the
+    final budget is met from there.
 
     Raises:
         ValueError: fp16 without gradient clipping, which is what unscales the gradients in time.
@@ -134,6 +142,13 @@ class GatedTrainer(Trainer):
                 factors = [p for m in layers if m.lora is not None for p in m.lora.parameters()]
                 _move_to_own_group(optimizer, factors, {"lr": config.lora_learning_rate})
         return optimizer
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        controller = self.gate_callback.controller
+        if controller is not None and not controller.at_target(self.state.global_step):
+            return False
+        best: bool = super()._determine_best_metric(metrics, trial)
+        return best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `GateWatch.figures` of the gates beside the Trainer's own figures."""

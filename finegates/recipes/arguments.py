@@ -213,10 +213,6 @@ class RecipeTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = "none"
 
     def __post_init__(self) -> None:
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end must be False: the gates' schedule ends at the last step"
-            )
         if self.max_steps <= 0:
             self.max_steps = -1 if self.num_train_epochs > 0 else _STEPS
         super().__post_init__()  # type: ignore[no-untyped-call]

@@ -38,6 +38,8 @@ _NO_MATTER = (
     "resume_from_checkpoint", "run_name", "save_", "skip_memory_metrics", "torch_empty_cache",
     "trackio_",
 )  # fmt: skip
+# Except when the best checkpoint is loaded: then they say which there are.
+_CHOICE = ("save_steps", "save_strategy")
 _HISTORY = "history.json"
 
 
@@ -202,10 +204,11 @@ class Job(ABC):
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes two runs the same run: everything that changes the result."""
+        choosing = _CHOICE if self.training.load_best_model_at_end else ()
         training = {
             name: value
             for name, value in self.training.to_dict().items()  # type: ignore[no-untyped-call]
-            if not name.startswith(_NO_MATTER)
+            if name in choosing or not name.startswith(_NO_MATTER)
         }
         return {
             "job": self.facts(),

@@ -90,6 +90,10 @@ class GateController:
             for logits in self.logits:
                 logits.fill_(_NOTHING_SEEN)
 
+    def at_target(self, steps: int) -> bool:
+        """Return whether the schedule asks for all of ``sparsity`` once ``steps`` are done."""
+        return self.config.target(steps / self.total_steps) >= self.config.sparsity
+
     def begin_step(self, step: int) -> None:
         """Choose what optimizer step ``step`` (from 0) computes with, before its first forward.
 
