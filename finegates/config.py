@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .cost_table import CostTable
 from .ops.reference import DISTRIBUTIONS
 
 # The native kernels are for pruned Linears.
 GATED_BACKENDS = ("auto", "torch", "triton")
 OBJECTIVES = ("fraction", "per_axis")
 TIES = ("unit", "none")
+BUDGETS = ("parameters", "latency")
 CONFIG_VERSION = 1
 
 
@@ -29,8 +31,12 @@ class GateConfig:
         distribution: ``"ranking"`` (open iff θ > 0, straight-through gradient, exact budget at
             every step), ``"gaussian"`` (FineGates, arXiv 2602.09169) or ``"hard_concrete"``
             (Louizos et al. 2018, arXiv 1712.01312).
-        sparsity: fraction of the gated weights' parameters to remove, in (0, 1); counted over the
-            whole model with the units that die through couplings.
+        sparsity: fraction of the budget to remove, in (0, 1); counted over the whole model with
+            the units that die through couplings.
+        budget: ``"parameters"`` counts the gated weights' parameters, ``"latency"`` the seconds
+            that ``costs`` has for the gated layers; for ranking gates only.
+        costs: what ``budget="latency"`` counts with, see `finegates.report.measure_costs`. It is
+            saved with the gates, so that a resumed run counts as before.
         objective: for the stochastic distributions. ``"fraction"`` penalises the expected removed
             fraction of parameters; ``"per_axis"`` is the authors' objective: for every layer the
             distance of the mean open probability of rows, and of columns, from ``1 - sparsity``.
@@ -87,6 +93,8 @@ class GateConfig:
 
     distribution: str = "ranking"
     sparsity: float = 0.4
+    budget: str = "parameters"
+    costs: CostTable | None = None
     objective: str = "fraction"
     tie: str = "unit"
     rows: bool = True
@@ -122,6 +130,7 @@ class GateConfig:
             ("distribution", DISTRIBUTIONS),
             ("objective", OBJECTIVES),
             ("tie", TIES),
+            ("budget", BUDGETS),
             ("backend", GATED_BACKENDS),
         ):
             value = getattr(self, name)
@@ -146,6 +155,10 @@ class GateConfig:
             raise ValueError(
                 "objective 'per_axis' needs gaussian or hard_concrete gates, got 'ranking'"
             )
+        if self.budget == "latency" and self.distribution != "ranking":
+            raise ValueError(f"budget 'latency' needs ranking gates, got {self.distribution!r}")
+        if self.costs is not None and not isinstance(self.costs, CostTable):
+            raise ValueError(f"costs must be a CostTable, got {self.costs!r}")
         if not (self.rows or self.columns):
             raise ValueError("rows and columns are both False: no side would be gated")
         for field in dataclasses.fields(self):
@@ -314,4 +327,6 @@ class GateConfig:
         unknown = sorted(str(name) for name in set(fields) - known)
         if unknown:
             warnings.warn(f"GateConfig ignores unknown keys: {', '.join(unknown)}", stacklevel=2)
+        if isinstance(fields.get("costs"), Mapping):
+            fields["costs"] = CostTable.from_dict(fields["costs"])
         return cls(**{name: value for name, value in fields.items() if name in known})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from finegates import FusedGatedLinear, GateConfig, GateMap, gate_, prune_
 from finegates.surgery import Removal, Side
 from finegates.surgery.budget import _between
+from priced import by_latency, costs_of
 from tiny_models import build, scatter_gates_
 
 ALL = ("ranking", "gaussian", "hard_concrete")
@@ -87,6 +88,38 @@ def test_project_meets_every_target(model_type: str, tie: str, distribution: str
     # And back: what was closed opens again.
     assert gates.project_(0.1).fraction < 0.11
     assert gates.project_(0.0).removed == 0
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_budget_of_latency_is_met_within_a_fifth_of_a_point(model_type: str) -> None:
+    model = build(
+        model_type, layers=3, hidden_size=192, intermediate_size=384, num_attention_heads=8,
+        **({"head_dim": 24, "num_key_value_heads": 4} if model_type == "llama" else {}),
+    )  # fmt: skip
+    costs = costs_of(model)
+    gate_(model, by_latency(model))
+    randomise_(model)
+    gates = GateMap(model)
+    for target in TARGETS:
+        saved = gates.project_(target)
+        assert abs(saved.fraction - target) <= 0.002
+        assert saved == gates.budgeted()
+    assert abs(gates.removal().fraction - TARGETS[-1]) > 0.01  # another budget than parameters
+    shapes = {name: tuple(layer.weight.shape) for name, layer in gates.layers.items()}
+    prune_(model)
+    kept = {name: tuple(model.get_submodule(name).weight.shape) for name in shapes}
+    left = sum(costs.seconds(shapes[name], *kept[name]) for name in shapes)
+    total = sum(costs.seconds(shape, *shape) for shape in shapes.values())
+    assert 1.0 - left / total == pytest.approx(saved.fraction)
+
+
+def test_budget_of_latency_needs_costs_of_every_shape() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match="budget 'latency' needs costs, got None"):
+        gate_(model, GateConfig(modules=("*",), budget="latency"))
+    with pytest.raises(ValueError, match=r"costs have no Linear of shape \[4, 16\], only"):
+        gate_(model, by_latency(nn.Sequential(nn.Linear(8, 16)), modules=("*",)))
+    assert all(type(layer) is nn.Linear for layer in model)
 
 
 def test_project_takes_the_lowest_and_keeps_the_order() -> None:

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finegates import Gate, GateConfig
-from finegates.config import DISTRIBUTIONS, OBJECTIVES, TIES
+from finegates.config import BUDGETS, DISTRIBUTIONS, OBJECTIVES, TIES
+from finegates.cost_table import CostTable, LinearCosts
 
+COSTS = CostTable(7, 1, (LinearCosts((2, 4), (3,), ((1e-6,), (2e-6,))),))
 POSITIVE = st.floats(1e-6, 1e6)
 PATTERNS = st.lists(st.text(max_size=8), max_size=3).map(tuple)
 
@@ -30,6 +32,8 @@ def configs(draw: st.DrawFn) -> GateConfig:
     return GateConfig(
         distribution=distribution,
         sparsity=draw(st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)),
+        budget=draw(st.sampled_from(BUDGETS[: None if distribution == "ranking" else 1])),
+        costs=draw(st.sampled_from((None, COSTS))),
         objective=draw(st.sampled_from(OBJECTIVES[: 1 if distribution == "ranking" else None])),
         tie=draw(st.sampled_from(TIES)),
         rows=rows,
@@ -99,6 +103,8 @@ INVALID: list[tuple[str, Any]] = [
     ("reorder_every", -1),
     ("reorder_every", 2.0),
     ("reorder_every", True),
+    ("budget", "seconds"),
+    ("costs", 3),
     ("sparsity", 0.0),
     ("sparsity", 1.0),
     ("sparsity", -0.1),
@@ -142,6 +148,14 @@ def test_bad_value_names_field_and_value_in_one_line(name: str, value: Any) -> N
     message = str(error.value)
     assert "\n" not in message
     assert repr(value) in message or value == ()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
+def test_only_ranking_gates_meet_a_latency(distribution: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"budget 'latency' needs ranking gates, got '{distribution}'"
+    ):
+        GateConfig(distribution=distribution, budget="latency")
 
 
 def test_no_side_gated() -> None:

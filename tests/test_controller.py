@@ -11,6 +11,7 @@ from finegates import GateConfig, gate_
 from finegates.penalty import fraction_penalty, per_axis_penalty
 from finegates.surgery import GateController, GateMap, Side
 from finegates.surgery.watch import GateWatch
+from priced import costs_of
 from tiny_models import build, inputs
 
 STEPS = 20
@@ -81,8 +82,12 @@ def test_ranking_starts_from_log_root_mean_square() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.6])
-def test_budget_is_met_at_every_step_and_at_the_end(sparsity: float) -> None:
-    model = gated(warmup=0.1, ramp=0.5, sparsity=sparsity)
+@pytest.mark.parametrize("latency", [False, True], ids=["parameters", "latency"])
+def test_budget_is_met_at_every_step_and_at_the_end(sparsity: float, latency: bool) -> None:
+    model = gated(
+        warmup=0.1, ramp=0.5, sparsity=sparsity,
+        **({"budget": "latency", "costs": costs_of(build("bert"))} if latency else {}),
+    )  # fmt: skip
     controller = GateController(model, STEPS)
     controller.start()
     # One unit of these tiny layers is at most 24 · 3 of 7296 weights: a point, so a point's half.
@@ -90,7 +95,7 @@ def test_budget_is_met_at_every_step_and_at_the_end(sparsity: float) -> None:
     tolerance = unit / controller.map.removal().total
     for step in range(STEPS):
         train(model, range(step, step + 1), controller)
-        removed = controller.map.removal().fraction
+        removed = controller.map.budgeted().fraction
         assert removed == pytest.approx(controller.config.target((step + 1) / STEPS), abs=tolerance)
     assert controller.finish().fraction == pytest.approx(sparsity, abs=tolerance)
 

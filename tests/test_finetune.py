@@ -23,11 +23,13 @@ from transformers import (
 import finegates.hf
 from finegates import FusedGatedLinear, GateConfig, PrunedLinear
 from finegates.cli import main
+from finegates.cost_table import CostTable
 from finegates.recipes import finetune_glue, training
 from finegates.recipes import job as recipe
 from finegates.recipes.arguments import FinetuneArguments, FinetuneTrainingArguments
 from finegates.recipes.finetune_glue import Finetune
 from finegates.recipes.models import DEFAULT_MODEL
+from priced import costs_of
 from shared_data import shared
 from tiny_tasks import WORDS, write_model, write_split, write_task
 
@@ -300,6 +302,35 @@ def test_job_ends_with_its_best_checkpoint(tiny: tuple[Path, Path], tmp_path: Pa
     rows = {row["model"]: row for row in json.loads((output / "report.json").read_text())["rows"]}
     assert rows["reloaded"]["score"] == state["best_metric"]
     assert rows["reloaded"]["removed"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_budget_of_latency_is_measured_once(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+
+    def measure(model: Any, config: GateConfig, count: int) -> CostTable:
+        tokens.append(count)
+        return costs_of(model)
+
+    monkeypatch.setattr(recipe.report, "measure_costs", measure)
+    output = tmp_path / "run"
+    latency = ["--budget", "latency", "--budget_tokens", "16", "--sparsity", "0.3"]
+    assert main(["finetune", *words(tiny, output, *latency)]) == 0
+    first = job(words(tiny, output, *latency))
+    assert tokens == [16]
+    assert first.gate_config.costs == CostTable.from_dict(
+        json.loads((output / "costs.json").read_text())
+    )
+    written = json.loads((output / "report.json").read_text())
+    assert written["job"]["budget"] == "latency"
+    for row in written["rows"][2:]:
+        assert row["requested"] is None
+        assert row["requested_latency"] == 0.3
+        assert row["removed_latency"] == pytest.approx(0.3, abs=0.01)
+    (output / "costs.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"costs.json: costs don't have a CostTable's form"):
+        job(words(tiny, output, *latency))
 
 
 def test_gate_constants_are_part_of_the_run(

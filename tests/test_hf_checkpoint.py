@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finegates import FusedGatedLinear, Gate, GateConfig, gate_
+from finegates import FusedGatedLinear, Gate, GateConfig, GateMap, gate_
+from priced import by_latency
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("finegates.hf")
@@ -89,6 +90,15 @@ def test_round_trip(tie: str, llama: bool, tmp_path: Path) -> None:
     hf.save_gates(loaded, tmp_path / "second")
     for file in ("gate_config.json", "gates.safetensors"):
         assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
+
+
+def test_costs_come_back_with_the_gates(tmp_path: Path) -> None:
+    base = base_model()
+    config = by_latency(base)
+    hf.save_gates(trained(base, config), tmp_path)
+    loaded = GateMap(hf.load_gates(copy.deepcopy(base), tmp_path))
+    assert next(iter(loaded.layers.values())).config.costs == config.costs
+    assert loaded.project_(0.3).fraction == pytest.approx(0.3, abs=0.02)
 
 
 def test_only_what_is_trained_is_stored(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ LAYERS = (
     ("surgery",),
     ("nn", "penalty"),
     ("gates", "config"),
+    ("cost_table",),
     ("ops",),
     ("_native", "kernels", "_env"),
 )
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 # The lowest modules are independent of each other, and so are these neighbours.
 INDEPENDENT = (("nn", "penalty"), ("hf", "report"), ("_native", "kernels"), ("_env", "kernels"))
-CORE = ("_env", "_native", "config", "gates", "penalty", "nn", "ops", "surgery")
+CORE = ("_env", "_native", "config", "cost_table", "gates", "penalty", "nn", "ops", "surgery")
 
 
 def modules() -> list[Path]:

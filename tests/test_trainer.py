@@ -22,6 +22,7 @@ from transformers import (
 import finegates.hf
 from finegates import Gate, GateConfig, GateMap, gate_
 from finegates.hf.trainer import GateCallback, GatedTrainer
+from priced import costs_of
 from tiny_models import VOCABULARY, build
 
 STEPS = 12
@@ -104,8 +105,9 @@ def test_logits_have_their_own_group(tmp_path: Path) -> None:
         {"distribution": "gaussian"},
         {"shrink_every": 3, "lora_rank": 2},
         {"distribution": "gaussian", "warmup": 0.2, "ramp": 0.1, "recovery": 0.65},
+        {"budget": "latency", "costs": costs_of(build("bert"))},
     ],
-    ids=["ranking", "gaussian", "shrunk", "recovery"],
+    ids=["ranking", "gaussian", "shrunk", "recovery", "latency"],
 )
 @pytest.mark.parametrize("stop", [2, 5], ids=["in-warmup", "in-ramp"])
 def test_resumed_run_equals_the_uninterrupted_one(

@@ -24,6 +24,15 @@ class GateArguments:
     sparsity: float = field(
         default=0.4, metadata={"help": "fraction of the gated weights to remove, in (0, 1)"}
     )
+    budget: str = field(
+        default="parameters",
+        metadata={
+            "help": "what sparsity is a fraction of: parameters, or latency as measured here"
+        },
+    )
+    budget_tokens: int = field(
+        default=128, metadata={"help": "tokens of the forward whose latency is meant"}
+    )
     distribution: str = field(
         default="ranking", metadata={"help": "ranking, gaussian or hard_concrete"}
     )
@@ -47,12 +56,18 @@ class GateArguments:
     )
 
     def gate_config(self) -> GateConfig:
-        """Return the gates' config; with ``paper`` only sparsity, LoRA and ``gates`` are from here.
+        """Return the gates' config.
+
+        With ``paper`` only sparsity, budget, LoRA and ``gates`` are from here.
 
         Raises:
             ValueError: ``gates`` is no JSON object of further fields, or a field is out of range.
         """
-        shared: dict[str, Any] = {"sparsity": self.sparsity, "lora_rank": self.lora_rank}
+        shared: dict[str, Any] = {
+            "sparsity": self.sparsity,
+            "budget": self.budget,
+            "lora_rank": self.lora_rank,
+        }
         own: dict[str, Any] = {
             "distribution": self.distribution,
             "objective": self.objective,
@@ -60,7 +75,7 @@ class GateArguments:
             "gate_learning_rate": self.gate_learning_rate,
         }
         further = _json_object("gates", self.gates)
-        allowed = {f.name for f in fields(GateConfig)} - {*shared, *own}
+        allowed = {f.name for f in fields(GateConfig)} - {*shared, *own, "costs"}
         wrong = sorted(set(further) - allowed)
         if wrong:
             raise ValueError(

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, Trainer, TrainerState, set_seed
 
 from .. import report
 from ..config import GateConfig
+from ..cost_table import CostTable
 from ..surgery import GateMap, architecture_of, prune_
 from . import run_folder
 from .arguments import GateArguments, RecipeTrainingArguments
@@ -30,6 +31,7 @@ from .training import GatedStageTrainer, StageTrainer, quiet_about_ties, step_se
 _log = logging.getLogger("finegates")
 # What is removed may differ from what was requested by 0.2 points, or one unit.
 _TOLERANCE = 0.002
+_NOUNS = {"parameters": "weights are", "latency": "layers' latency is"}
 # Training arguments that leave the result alone: paths, logs, progress, saving, the hub, ranks.
 _NO_MATTER = (
     "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch",
@@ -41,6 +43,7 @@ _NO_MATTER = (
 # Except when the best checkpoint is loaded: then they say which there are.
 _CHOICE = ("save_steps", "save_strategy")
 _HISTORY = "history.json"
+_COSTS = "costs.json"
 
 
 class Job(ABC):
@@ -78,6 +81,8 @@ class Job(ABC):
         with training.main_process_first(local=False):
             if training.should_save:
                 run_folder.claim(self.folder, identity, overwrite=overwrite)
+        if self.gate_config.budget == "latency":
+            self.gate_config = replace(self.gate_config, costs=self._costs())
 
     @abstractmethod
     def prepare(self) -> None:
@@ -126,13 +131,11 @@ class Job(ABC):
             self._finish(trainer, finished)
         self.history[stage] = TrainerState.load_from_json(str(folder / _HISTORY)).log_history
         model = self.auto.from_pretrained(finished)
-        removed = GateMap(model).removal().fraction if stage == "gated" else None
         row = report.Row(
             model=self.titles[stage],
             score=self.score(model),
             trainable=trained,
-            requested=None if removed is None else self.gate_config.sparsity,
-            removed=removed,
+            **(_budget_figures(model) if stage == "gated" else {}),
             disk=report.folder_size(finished),
             step=step_seconds(self.history[stage]),
         )
@@ -159,8 +162,7 @@ class Job(ABC):
             report.Row(
                 model=name,
                 score=self.score(model),
-                requested=self.gate_config.sparsity,
-                removed=GateMap(gated).removal().fraction,
+                **_budget_figures(gated),
                 removed_of_model=report.model_removal(gated, model).fraction,
                 disk=report.folder_size(folder),
             )
@@ -201,6 +203,23 @@ class Job(ABC):
         if self.training.max_steps <= 0:
             shared.append("num_train_epochs")
         return {**arguments, **{name: getattr(self.training, name) for name in shared}}
+
+    def _costs(self) -> CostTable:
+        """Return this run's table of costs; an earlier call of the job has measured it, or none.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        path = self.folder / _COSTS
+        with self.training.main_process_first(local=False):
+            if self.training.should_save and not path.exists():
+                tokens = self.arguments.budget_tokens
+                measured = report.measure_costs(self.fresh_model(), self.gate_config, tokens)
+                report.write_costs(path, measured)
+        try:
+            return CostTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove it to measure again") from None
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes two runs the same run: everything that changes the result."""
@@ -252,6 +271,20 @@ class Job(ABC):
                 _put(temporary, folder)
 
 
+def _budget_figures(gated: nn.Module) -> dict[str, Any]:
+    """Return what was requested and what is removed, as fields of a `report.Row`."""
+    gates = GateMap(gated)
+    config = next(iter(gates.layers.values())).config
+    figures = {"removed": gates.removal().fraction}
+    if config.budget == "parameters":
+        return {"requested": config.sparsity, **figures}
+    return {
+        **figures,
+        "requested_latency": config.sparsity,
+        "removed_latency": gates.budgeted().fraction,
+    }
+
+
 def _named_checkpoint(training: RecipeTrainingArguments) -> Path | None:
     named = training.resume_from_checkpoint
     return None if named is None or named.lower() in ("true", "1") else Path(named)
@@ -294,25 +327,26 @@ def check_removed(gated: nn.Module, config: GateConfig) -> None:
     """
     if config.objective != "fraction":
         return
-    removed, requested = GateMap(gated).removal().fraction, config.sparsity
+    removed, requested = GateMap(gated).budgeted().fraction, config.sparsity
     difference = abs(removed - requested)
     if difference > _TOLERANCE and difference > _largest_unit(gated):
         raise RuntimeError(
-            f"{removed:.2%} of the gated weights are removed, {requested:.2%} were requested: "
+            f"{removed:.2%} of the gated {_NOUNS[config.budget]} removed, {requested:.2%} were "
+            "requested: "
             "training ended before the gates' schedule, or the gates can't meet it"
         )
 
 
 @torch.no_grad()
 def _largest_unit(gated: nn.Module) -> float:
-    """Return the largest fraction of the gated weights that a single gate value removes."""
+    """Return the largest fraction of the budget that a single gate value removes."""
     gates = GateMap(copy.deepcopy(gated))
     for gate in gates.gates():
         gate.logits.fill_(gate.config.closing_logit + 1.0)
     units = []
     for gate in gates.gates():
         gate.logits[0] -= 2.0
-        units.append(gates.removal().fraction)
+        units.append(gates.budgeted().fraction)
         gate.logits[0] += 2.0
     return max(units)
 

@@ -13,6 +13,7 @@ from .counts import (
 )
 from .curves import plot_training
 from .figure import plot_kept
+from .layer_costs import measure_costs, write_costs
 from .spread import plot_spread, spread_table
 from .summary import REPORT_VERSION, Report, Row, lines, markdown, table, write_report
 from .timing import Timing, cpu_name, latency, machine
@@ -32,6 +33,7 @@ __all__ = [
     "lines",
     "machine",
     "markdown",
+    "measure_costs",
     "model_removal",
     "parameters",
     "plot_kept",
@@ -41,5 +43,6 @@ __all__ = [
     "spread_table",
     "table",
     "trainable",
+    "write_costs",
     "write_report",
 ]

@@ -28,6 +28,8 @@ class Row:
         removed_of_model: fraction of the whole model's parameters.
         disk: bytes of the saved folder.
         step: seconds of a training step at the end of training.
+        requested_latency, removed_latency: fraction of the gated layers' seconds, as the run's
+            table of costs has them; only where the budget counts latency.
     """
 
     model: str
@@ -38,6 +40,8 @@ class Row:
     removed_of_model: float | None = None
     disk: int | None = None
     step: float | None = None
+    requested_latency: float | None = None
+    removed_latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,8 @@ def _lines(report: Report) -> list[list[str]]:
         line(report.metric, lambda row: row.score, form(report.metric)),
         line("gated weights, requested", lambda row: row.requested, _percent),
         line("gated weights, removed", lambda row: row.removed, _percent),
+        line("their latency, requested", lambda row: row.requested_latency, _percent),
+        line("their latency, removed", lambda row: row.removed_latency, _percent),
         line("whole model, removed", lambda row: row.removed_of_model, _percent),
         line(
             "trained parameters", lambda row: row.trainable, lambda v: _unit(v, ("", "k", "M", "G"))

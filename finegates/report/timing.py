@@ -86,7 +86,7 @@ def latency(
     if threads is None:
         threads = sorted({1, torch.get_num_threads()})
     timings = []
-    with _measuring(models.values()):
+    with threads_set_to(torch.get_num_threads()), _evaluating(models.values()):
         for label, values in inputs.items():
             calls = {name: _call(model, values) for name, model in models.items()}
             for count in threads:
@@ -106,16 +106,24 @@ def latency(
 
 
 @contextmanager
-def _measuring(models: Any) -> Iterator[None]:
-    """Evaluation mode; restores it and the number of threads."""
+def threads_set_to(threads: int) -> Iterator[None]:
+    """Set torch's number of threads, and restore it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _evaluating(models: Any) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
-    threads = torch.get_num_threads()
     for module, _ in modes:
         module.training = False
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         for module, mode in modes:
             module.training = mode
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..config import GateConfig
 from ..gates import Gate
 from ..nn import FusedGatedLinear, Held
 from .couplings import (
@@ -25,20 +26,43 @@ from .couplings import (
 
 @dataclass(frozen=True)
 class Removal:
-    """Parameters of the gated weights, and how many of them are dead.
+    """What the gated layers hold or take, and how much of it is in dead rows and columns.
 
     Args:
-        total: Σ N K over the gated layers.
-        removed: of these, the ones in a dead row or column.
+        total: Σ N K over the gated layers, or their seconds.
+        removed: of these, what dead rows and columns save.
     """
 
-    total: int
-    removed: int
+    total: float
+    removed: float
 
     @property
     def fraction(self) -> float:
         """removed / total."""
         return self.removed / self.total
+
+
+# Of a Linear of shape (N, K) with so many rows and columns kept.
+Price = Callable[[tuple[int, int], int, int], float]
+
+
+def _parameters(shape: tuple[int, int], rows: int, columns: int) -> int:
+    return rows * columns
+
+
+def price_of(config: GateConfig) -> Price:
+    """Return how the budget counts a layer.
+
+    Raises:
+        ValueError: it counts latency and there are no costs.
+    """
+    if config.budget == "parameters":
+        return _parameters
+    if config.costs is None:
+        raise ValueError(
+            "budget 'latency' needs costs, got None; finegates.report.measure_costs takes them"
+        )
+    return config.costs.seconds
 
 
 def _margin(gate: Gate) -> Tensor:
@@ -58,7 +82,7 @@ class GateMap:
         model: a model that `gate_` has gated.
 
     Raises:
-        ValueError: the model has no gated layer.
+        ValueError: the model has no gated layer, or its budget counts latency without costs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,6 +93,7 @@ class GateMap:
         }
         if not self.layers:
             raise ValueError("model has no FusedGatedLinear; call gate_(model, config) first")
+        self.price = price_of(next(iter(self.layers.values())).config)
         # What `shrink_` kept last of a side: the mask on the host, and what a layer gets for it.
         self.kept: dict[Side, tuple[Tensor, Held]] = {}
         self.architecture: Architecture = architecture_of(model)
@@ -152,16 +177,28 @@ class GateMap:
 
     def removal(self) -> Removal:
         """Count the parameters of the gated weights and those in dead rows and columns."""
+        return self._count(_parameters)
+
+    def budgeted(self) -> Removal:
+        """Count what the budget counts: `removal`, or the seconds of ``costs``."""
+        return self._count(self.price)
+
+    def _count(self, price: Price) -> Removal:
         alive = on_host(self.alive())
-        total = kept = 0
-        for name, layer in self.layers.items():
-            total += layer.weight.numel()
-            kept += int(alive[Side(name, "row")].sum()) * int(alive[Side(name, "column")].sum())
+        total: float = 0
+        kept: float = 0
+        for name, shape in self._shapes().items():
+            total += price(shape, *shape)
+            rows, columns = (int(alive[Side(name, axis)].sum()) for axis in AXES)
+            kept += price(shape, rows, columns)
         return Removal(total, total - kept)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: (m.out_features, m.in_features) for name, m in self.layers.items()}
 
     @torch.no_grad()
     def project_(self, sparsity: float) -> Removal:
-        """Shift all logits by one constant so that ``sparsity`` of the parameters is removed.
+        """Shift all logits by one constant so that ``sparsity`` of the budget is removed.
 
         The threshold is found by bisection over the sorted margins on the exact count: removal can
         only grow with the threshold, because couplings are minima and maxima of margins. It lies
@@ -169,10 +206,10 @@ class GateMap:
         model. Infinite logits stay as they are.
 
         Args:
-            sparsity: fraction of the gated weights' parameters, in [0, 1).
+            sparsity: fraction of the gated weights' parameters, or of their latency, in [0, 1).
 
         Returns:
-            What is removed now.
+            What of the budget is removed now.
 
         Raises:
             ValueError: ``sparsity`` is outside [0, 1), or a logit is NaN.
@@ -181,24 +218,29 @@ class GateMap:
             raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
         margins = on_host(self.margins())
         layers = [
-            (margins[Side(name, "row")].sort().values, margins[Side(name, "column")].sort().values)
-            for name in self.layers
+            (
+                shape,
+                margins[Side(name, "row")].sort().values,
+                margins[Side(name, "column")].sort().values,
+            )
+            for name, shape in self._shapes().items()
         ]
-        total = sum(len(rows) * len(columns) for rows, columns in layers)
-        every = torch.cat([margin for pair in layers for margin in pair])
+        total = sum(self.price(shape, *shape) for shape, _, _ in layers)
+        every = torch.cat([margin for _, *pair in layers for margin in pair])
         finite: Tensor = every[every.isfinite()].unique()  # type: ignore[no-untyped-call]
         if len(finite) == 0:
-            return self.removal()
+            return self.budgeted()
         edge = torch.tensor([torch.inf], dtype=finite.dtype)
         levels = torch.cat([-edge, finite, edge])
 
-        def removed(at: int) -> int:
-            """Parameters removed when the levels up to ``at`` are closed."""
-            level, kept = levels[at], 0
-            for rows, columns in layers:
+        def removed(at: int) -> float:
+            """What is removed when the levels up to ``at`` are closed."""
+            level = levels[at]
+            kept: float = 0
+            for shape, rows, columns in layers:
                 open_rows = len(rows) - int(torch.searchsorted(rows, level, right=True))
                 open_columns = len(columns) - int(torch.searchsorted(columns, level, right=True))
-                kept += open_rows * open_columns
+                kept += self.price(shape, open_rows, open_columns)
             return total - kept
 
         goal = sparsity * total
@@ -211,7 +253,7 @@ class GateMap:
         shift = _between(*levels[at : at + 2].tolist())
         for gate in self.gates():
             gate.logits.sub_(shift)
-        return self.removal()
+        return self.budgeted()
 
     def is_tied(self, coupling: Coupling) -> bool:
         """Return whether one gate alone decides the coupling's units."""

@@ -20,7 +20,7 @@ class GateController:
     """Runs the schedule of a gated model: importance, budget and penalty, one step at a time.
 
     With the ``"fraction"`` objective every step after the warm-up ends with one shift of all logits
-    that closes exactly the target's share of the parameters, so that the end of training has
+    that closes exactly the target's share of the budget, so that the end of training has
     nothing left to harden. Before that shift:
 
     - ranking gates have been open during the warm-up, their logits holding the sum of their squared
@@ -145,7 +145,7 @@ class GateController:
                 layer.reorder_()
 
     def finish(self) -> Removal:
-        """Meet the final budget exactly, and return what is removed.
+        """Meet the final budget exactly, and return what of it is removed.
 
         With the per-axis objective nothing is shifted: that method removes what it removes. Nor is
         it after a recovery, which has trained with the gates as they are. ``hardened`` then tells
@@ -154,7 +154,7 @@ class GateController:
         expand_(self.map)
         for layer in self.map.layers.values():
             layer.fixed = False
-        before = self.map.removal()
+        before = self.map.budgeted()
         if self.config.objective != "fraction" or self._recovery < self.total_steps:
             return before
         after = self.map.project_(self.config.sparsity)

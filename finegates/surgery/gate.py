@@ -12,6 +12,7 @@ from torch import nn
 from ..config import GateConfig
 from ..gates import Gate
 from ..nn import FusedGatedLinear, LoRA
+from .budget import price_of
 from .couplings import Architecture, Side, architecture_of
 from .record import record_gated
 
@@ -34,7 +35,8 @@ def gate_(model: Model, config: GateConfig | None = None) -> Model:
 
     Raises:
         ValueError: the model is gated already or holds peft's adapters, a pattern matches no
-            Linear, ``modules`` is None for a model whose architecture is unknown, or a selected
+            Linear, the budget counts latency without costs of every gated shape,
+            ``modules`` is None for a model whose architecture is unknown, or a selected
             Linear lies in an `nn.TransformerEncoderLayer`, which reads its Linears' weights past
             their gates.
     """
@@ -43,6 +45,9 @@ def gate_(model: Model, config: GateConfig | None = None) -> Model:
         raise ValueError("model is gated already; gate_ works on plain Linears")
     architecture = architecture_of(model)
     names = select(model, config, architecture)
+    price = price_of(config)
+    for linear in map(model.get_submodule, names):
+        price((linear.out_features, linear.in_features), 0, 0)  # type: ignore[arg-type]
     layers = {
         name: FusedGatedLinear.from_linear(model.get_submodule(name), config)  # type: ignore[arg-type]
         for name in names

@@ -32,7 +32,7 @@ class GateWatch:
     def figures(self) -> dict[str, float]:
         """Return the shares of now, and what changed since the last call.
 
-        ``removed``: of the gated weights' parameters; ``gates_with_gradient``: of the last step;
+        ``removed``: of what the budget counts; ``gates_with_gradient``: of the last step;
         ``gates_fractional``: strictly between 0 and 1 in evaluation; ``gates_changed_side``: open
         instead of closed or closed instead of open since the last call (from the second one on).
         """
@@ -41,7 +41,7 @@ class GateWatch:
         sides, before = values > 0, self._sides
         self._sides = sides
         figures = {
-            "removed": self._map.removal().fraction,
+            "removed": self._map.budgeted().fraction,
             "gates_fractional": float((sides & (values < 1)).float().mean()),
         }
         if self._reached is not None:
