@@ -192,17 +192,26 @@ void copy_panels(const LayerShape& s, const T* weight, uint8_t* panels, size_t p
   }
 }
 
+// Rows of the weight: those of `rows`, or the first `count` where it is null.
 template <class T>
-void read_panels(const Packed& p, T* weight) {
+void read_rows(const Packed& p, const int64_t* rows, int64_t count, T* weight) {
   constexpr int64_t kUnit = 4 / sizeof(T);
-  for (int64_t row = 0; row < p.rows; ++row) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows ? rows[i] : i;
     const T* in = reinterpret_cast<const T*>(p.panels + row / kPanel * p.panel_bytes);
     for (int64_t k = 0; k < p.columns; ++k) {
       T value = in[k / kUnit * kPanel * kUnit + place<T>(row % kPanel, k % kUnit)];
       if constexpr (sizeof(T) == 1) value = twos_complement(value);
-      weight[row * p.columns + k] = value;
+      weight[i * p.columns + k] = value;
     }
   }
+}
+
+void read_rows(const Packed& p, const int64_t* rows, int64_t count, void* weight) {
+  if (weight == nullptr && count > 0 && p.columns > 0) fail("weight is null");
+  if (p.type == Type::kI8) return read_rows(p, rows, count, static_cast<uint8_t*>(weight));
+  if (p.type == Type::kF32) return read_rows(p, rows, count, static_cast<uint32_t*>(weight));
+  read_rows(p, rows, count, static_cast<uint16_t*>(weight));
 }
 
 void read_index(const Segment* segments, const uint16_t* masks, int64_t blocks, int32_t* index) {
@@ -327,14 +336,18 @@ Packed view(const void* buffer, size_t bytes) {
 }
 
 void unpack_weight(const Packed& packed, void* weight) {
-  if (weight == nullptr && packed.rows > 0 && packed.columns > 0) fail("weight is null");
-  if (packed.type == Type::kI8) {
-    read_panels(packed, static_cast<uint8_t*>(weight));
-  } else if (packed.type == Type::kF32) {
-    read_panels(packed, static_cast<uint32_t*>(weight));
-  } else {
-    read_panels(packed, static_cast<uint16_t*>(weight));
+  read_rows(packed, nullptr, packed.rows, weight);
+}
+
+void unpack_rows(const Packed& packed, const int64_t* rows, int64_t count, void* weight) {
+  if (rows == nullptr && count > 0) fail("rows is null");
+  for (int64_t i = 0; i < count; ++i) {
+    if (rows[i] < 0 || rows[i] >= packed.rows) {
+      throw std::out_of_range("rows must lie in [0, " + std::to_string(packed.rows) + "), got " +
+                              std::to_string(rows[i]));
+    }
   }
+  read_rows(packed, rows, count, weight);
 }
 
 void unpack_indices(const Packed& packed, int32_t* rows, int32_t* columns) {

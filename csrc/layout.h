@@ -98,6 +98,8 @@ bool same_columns(const Packed& a, const Packed& b);
 bool same_rows(const Packed& a, const Packed& b);
 
 void unpack_weight(const Packed& packed, void* weight);
+// `count` of the kept rows, one behind the other; throws std::out_of_range for one there isn't.
+void unpack_rows(const Packed& packed, const int64_t* rows, int64_t count, void* weight);
 void unpack_indices(const Packed& packed, int32_t* rows, int32_t* columns);
 
 }  // namespace finegates

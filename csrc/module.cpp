@@ -80,6 +80,12 @@ void unpack(uintptr_t packed, size_t bytes, uintptr_t weight, uintptr_t rows, ui
                             reinterpret_cast<int32_t*>(columns));
 }
 
+void unpack_rows(uintptr_t packed, size_t bytes, uintptr_t rows, int64_t count, uintptr_t weight) {
+  finegates::unpack_rows(finegates::view(reinterpret_cast<const void*>(packed), bytes),
+                         reinterpret_cast<const int64_t*>(rows), count,
+                         reinterpret_cast<void*>(weight));
+}
+
 Activation activation_of(int64_t code) {
   if (code < 0 || code > 4) throw std::invalid_argument("unknown activation code");
   return static_cast<Activation>(code);
@@ -231,6 +237,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("pack", &pack, unlocked());
   m.def("describe", &describe);
   m.def("unpack", &unpack, unlocked());
+  m.def("unpack_rows", &unpack_rows, unlocked());
   m.add_object("pruned_linear",
                py::reinterpret_steal<py::object>(PyCFunction_New(&pruned_linear_method, nullptr)));
   m.def("pruned_linears", &pruned_linears, unlocked());

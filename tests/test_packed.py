@@ -10,7 +10,9 @@ from torch import Tensor
 
 from finegates import _native
 from finegates.ops import (
+    _cpu,
     pack,
+    packed_embedding,
     packed_glu,
     packed_linear,
     packed_linears,
@@ -229,3 +231,61 @@ def test_pack_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_reason", "extension not built: no compiler")
     with pytest.raises(ValueError, match="weight can't be packed: extension not built"):
         pack(w)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("weight_dtype", [F32, BF16, I8], ids=["w32", "w16", "w8"])
+@pytest.mark.parametrize("columns", [1, 6, 7])
+def test_embedding_returns_rows(columns: int, weight_dtype: torch.dtype, backend: str) -> None:
+    packed = pack(random(N, columns), random(N), dtype=weight_dtype)
+    w, _, _, _, scale = unpack(packed)
+    w = w if scale is None else w * scale[:, None]
+    for ids in (
+        torch.tensor([[0, N - 1], [33, 33]]),
+        torch.tensor(31).int(),
+        torch.empty(0, 2).int(),
+    ):
+        for dtype in (F32, BF16, F16):
+            with use_backend(backend):
+                y = packed_embedding(ids, packed, columns, dtype)
+            assert torch.equal(y, torch.nn.functional.embedding(ids, w).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("bad", [-1, N, -(2**63), 2**63 - 1])
+def test_embedding_refuses_rows_that_are_not_there(bad: int, backend: str) -> None:
+    packed = pack(random(N, K))
+    with use_backend(backend), pytest.raises(IndexError):
+        packed_embedding(torch.tensor([0, bad]), packed, K, F32)
+
+
+def test_embedding_refusals() -> None:
+    packed, ids = pack(random(N, K)), torch.tensor([1])
+    for args, message in (
+        ((ids.float(), packed, K, F32), "ids must be int32 or int64, got torch.float32"),
+        ((ids, packed, K, torch.int8), "dtype must be a float type, got torch.int8"),
+        ((ids.to("meta"), packed, K, F32), "ids must be on packed's device cpu, got meta"),
+        ((ids, packed, K + 1, F32), f"keep all of its {N} rows and of {K + 1} columns"),
+        ((ids, layer(), K, F32), f"keep all of its {N} rows and of {K} columns"),
+        ((ids, packed[:-1], K, F32), "packed buffer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed_embedding(*args)
+
+
+def test_embedding_as_torch_sees_it() -> None:
+    torch.library.opcheck(
+        schema.ops.packed_embedding.default, (torch.tensor([[1, 2]]), pack(random(N, K)), K, BF16)
+    )
+
+
+def test_int8_is_rounded_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = random(N, K)
+    whole = unpack(pack(w, dtype=I8))
+    monkeypatch.setattr(_cpu, "_QUANTIZED_AT_ONCE", 3 * K + 1)
+    blocks = unpack(pack(w, dtype=I8))
+    assert torch.equal(whole.weight, blocks.weight)
+    torch.testing.assert_close(whole.scale, blocks.scale, rtol=0, atol=0)
+    w[N - 1, 0] = torch.inf
+    with pytest.raises(ValueError, match=f"got inf in row {N - 1}"):
+        pack(w, dtype=I8)

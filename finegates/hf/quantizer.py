@@ -126,7 +126,7 @@ class FineGatesQuantizer(HfQuantizer):
             # transformers marks what it has read; the rest is empty memory or a random draw.
             if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(f"{name} is missing from the checkpoint")
-            if tensor.isnan().any() and name.endswith("_gate.logits"):
+            if name.endswith("_gate.logits") and tensor.isnan().any():
                 raise ValueError(f"{name} of the checkpoint holds NaN")
         for name, layer in model.named_modules():
             if isinstance(layer, PrunedLinear):

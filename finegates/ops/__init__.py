@@ -20,7 +20,14 @@ from .checks import (
 from .decoder import decoder
 from .dispatch import check_differentiable, table, use_backend
 from .encoder import encoder_layer
-from .packed import pack, packed_glu, packed_linear, packed_linears, unpack
+from .packed import (
+    pack,
+    packed_embedding,
+    packed_glu,
+    packed_linear,
+    packed_linears,
+    unpack,
+)
 from .sampled import gated_matmul, norm_gather, open_mass
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "norm_gather",
     "open_mass",
     "pack",
+    "packed_embedding",
     "packed_glu",
     "packed_linear",
     "packed_linears",

@@ -26,6 +26,7 @@ from .reference import Operands
 _C: Any = _native._C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+_QUANTIZED_AT_ONCE = 2**20  # weights
 MOST_LAYERS = 8  # of one `pruned_linears` call, as in csrc/pruned_linear.cpp
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = {**TYPES, torch.int8: 2}
@@ -180,16 +181,26 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: weight is no matrix on the CPU, or a row of it has a NaN or an Inf.
     """
     _check_weight(weight)
-    wide = weight.detach().float()
-    largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    finite = largest.isfinite()
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"weight must be finite to become int8, got {largest[row]} in row {row}")
-    scale = largest / 127
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # 0, or too small to divide
-    q = torch.round(wide / scale[:, None]).clamp_(-127, 127)
-    return q.to(torch.int8), scale
+    weight = weight.detach()
+    q = room(weight, *weight.shape, dtype=torch.int8)
+    scale = room(weight, len(weight), dtype=torch.float32)
+    # In blocks: a whole output embedding in fp32 may be all the memory there is.
+    step = max(1, _QUANTIZED_AT_ONCE // max(1, weight.shape[1]))
+    for first in range(0, len(weight), step):
+        here = slice(first, first + step)
+        wide = weight[here].float()
+        largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+        finite = largest.isfinite()
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"weight must be finite to become int8, got {largest[row]} in row {first + row}"
+            )
+        unit = largest / 127
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))  # 0, or too small to divide
+        q[here] = torch.round(wide / unit[:, None]).clamp_(-127, 127)
+        scale[here] = unit
+    return q, scale
 
 
 def aligned(packed: Tensor) -> Tensor:
@@ -230,13 +241,35 @@ def unpack(packed: Tensor) -> Operands:
     rows = room(packed, d.n_rows, dtype=torch.int32) if d.has_rows else None
     columns = room(packed, d.n_columns, dtype=torch.int32) if d.has_columns else None
     _C.unpack(packed.data_ptr(), packed.numel(), pointer(weight), pointer(rows), pointer(columns))
-
-    def values(offset: int) -> Tensor:
-        return packed[offset : offset + 4 * d.n_rows].view(torch.float32).clone()
-
-    bias = values(d.bias_offset) if d.has_bias else None
-    scale = values(d.scale_offset) if d.dtype == torch.int8 else None
+    bias = _row_floats(packed, d.bias_offset, d.n_rows).clone() if d.has_bias else None
+    scale = _row_floats(packed, d.scale_offset, d.n_rows).clone() if d.dtype == torch.int8 else None
     return Operands(weight, bias, rows, columns, scale)
+
+
+def embedding(ids: Tensor, packed: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of a packed weight, see :func:`finegates.ops.packed_embedding`.
+
+    Raises:
+        IndexError: an id is no row.
+        ValueError: the layer misses rows or columns, or has others than ``features``.
+    """
+    packed = aligned(packed)
+    d = describe(packed)
+    if d.n_rows != d.out_features or not features == d.n_columns == d.in_features:
+        raise ValueError(
+            f"packed must keep all of its {d.out_features} rows and of {features} columns, "
+            f"got {d.n_rows} rows and {d.n_columns} of {d.in_features} columns"
+        )
+    ids = ids.to(torch.int64).contiguous()
+    y = room(packed, *ids.shape, features, dtype=d.dtype)
+    _C.unpack_rows(packed.data_ptr(), packed.numel(), pointer(ids), ids.numel(), pointer(y))
+    if d.dtype == torch.int8:
+        y = y * _row_floats(packed, d.scale_offset, d.n_rows)[ids][..., None]
+    return y.to(dtype)
+
+
+def _row_floats(packed: Tensor, offset: int, n_rows: int) -> Tensor:
+    return packed[offset : offset + 4 * n_rows].view(torch.float32)
 
 
 def pruned_linear(

@@ -105,6 +105,14 @@ def _packed_why_not(x: Tensor, *_: object) -> str | None:
     return _cpu.why_not(x)
 
 
+def _packed_embedding_why_not(ids: Tensor, *_: object) -> str | None:
+    return None if ids.is_cpu else f"ids are on {ids.device}, not on the CPU"
+
+
+def _packed_embedding_torch(ids: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    return reference.packed_embedding(ids, _cpu.unpack(packed), *args)
+
+
 def _packed_linear_torch(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
     return reference.packed_linear(x, _cpu.unpack(packed), *args)
 
@@ -167,6 +175,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("native", _native_why_not, _pruned_linear_native, _native.reason),
         _triton_entry(_triton.pruned_why_not, _triton.pruned_linear),
         _torch(reference.pruned_linear),
+    ),
+    "packed_embedding": _packed_row(
+        _cpu.embedding, _packed_embedding_torch, _packed_embedding_why_not
     ),
     "packed_linear": _packed_row(_cpu.pruned_linear, _packed_linear_torch),
     "packed_linears": _packed_row(_cpu.pruned_linears, _packed_linears_torch),

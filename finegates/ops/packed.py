@@ -20,11 +20,14 @@ from .reference import ACTIVATIONS
 from .schema import _library as library
 from .schema import ops
 
-__all__ = ["pack", "packed_glu", "packed_linear", "packed_linears", "unpack"]
+__all__ = ["pack", "packed_embedding", "packed_glu", "packed_linear", "packed_linears", "unpack"]
 
 library.define(
     "packed_linear(Tensor x, Tensor packed, SymInt out_features, str activation, Tensor? residual)"
     " -> Tensor"
+)
+library.define(
+    "packed_embedding(Tensor ids, Tensor packed, SymInt features, ScalarType dtype) -> Tensor"
 )
 library.define("packed_linears(Tensor x, Tensor[] packed, SymInt[] out_features) -> Tensor[]")
 library.define(
@@ -81,6 +84,38 @@ def pack(
     elif dtype is not None:
         weight = weight.to(dtype)
     return _cpu.prepare(weight, bias, rows, columns, out_features, in_features, scale)
+
+
+def packed_embedding(ids: Tensor, packed: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """Return the rows w[ids] of a packed layer's weight, as ``F.embedding`` does of a matrix.
+
+    For an input embedding tied to an output layer: the packed layer is the only copy of both.
+
+    Args:
+        ids (`Tensor` int32 or int64 [...]): row numbers, on the CPU.
+        packed (`Tensor` uint8 [bytes]): from `pack`, with every row and column kept.
+        features: K.
+        dtype: of the result.
+
+    Returns:
+        `Tensor` [..., K]; of an int8 weight q · scale.
+
+    Raises:
+        IndexError: an id is no row.
+        ValueError: ids are no integers or elsewhere, or ``packed`` isn't such a layer.
+
+    Example:
+        >>> packed_embedding(torch.tensor([2]), pack(torch.eye(3)), 3, torch.float32).tolist()
+        [[0.0, 0.0, 1.0]]
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
+    if packed.device != ids.device:
+        raise ValueError(f"ids must be on packed's device {packed.device}, got {ids.device}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a float type, got {dtype}")
+    y: Tensor = ops.packed_embedding.default(ids, packed, features, dtype)
+    return y
 
 
 def packed_linear(
@@ -204,6 +239,12 @@ def _check(x: Tensor, packed: Sequence[Tensor], out_features: Sequence[int]) -> 
             raise ValueError(f"out_features must not be negative, got {n}")
 
 
+def _packed_embedding(ids: Tensor, packed: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    args = (ids, packed, features, dtype)
+    y: Tensor = dispatch.choose("packed_embedding", "auto", *args).run(*args)
+    return y
+
+
 def _packed_linear(
     x: Tensor, packed: Tensor, out_features: int, activation: str, residual: Tensor | None
 ) -> Tensor:
@@ -225,11 +266,19 @@ def _packed_glu(x: Tensor, gate: Tensor, up: Tensor, out_features: int, activati
 
 
 for _name, _function in (
+    ("packed_embedding", _packed_embedding),
     ("packed_linear", _packed_linear),
     ("packed_linears", _packed_linears),
     ("packed_glu", _packed_glu),
 ):
     library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@register_fake("finegates::packed_embedding", lib=library)  # type: ignore[untyped-decorator]
+def _packed_embedding_fake(
+    ids: Tensor, packed: Tensor, features: int, dtype: torch.dtype
+) -> Tensor:
+    return ids.new_empty(*ids.shape, features, dtype=dtype)
 
 
 @register_fake("finegates::packed_linear", lib=library)  # type: ignore[untyped-decorator]

@@ -215,6 +215,12 @@ def packed_linear(
     return y if residual is None else y + residual
 
 
+def packed_embedding(ids: Tensor, layer: Operands, features: int, dtype: torch.dtype) -> Tensor:
+    """Rows of weight ⊙ scale [N, features]."""
+    w = layer.weight if layer.scale is None else layer.weight * layer.scale[:, None]
+    return F.embedding(ids, w.view(-1, features)).to(dtype)
+
+
 def packed_linears(
     x: Tensor, layers: Sequence[Operands], out_features: Sequence[int]
 ) -> list[Tensor]:

@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --shape: the cells of docs/serving.md's bars instead of a grid",
     )
-    parser.add_argument("--no-memory", action="store_true", help="start no serving processes")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument("--no-memory", action="store_true", help="start no serving processes")
+    memory.add_argument("--only-memory", action="store_true", help="time nothing")
     parser.add_argument("--json", type=Path, help="write everything")
     parser.add_argument("--markdown", type=Path, help="write the tables")
     parser.add_argument("--png", type=Path, help="write a figure")
@@ -87,15 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             highlight=False,
         )
 
-    results = bench_model(
-        model,
-        works,
-        dtypes=dtypes,
-        threads=threads,
-        peers=given.peers,
-        seconds=given.seconds,
-        progress=progress,
-    )
+    results: list[Result] = []
+    if not given.only_memory:
+        results = bench_model(
+            model,
+            works,
+            dtypes=dtypes,
+            threads=threads,
+            peers=given.peers,
+            seconds=given.seconds,
+            progress=progress,
+        )
     total = report.parameters(dense_model(model))
     removed = (total - report.parameters(model)) / total
     memory = () if given.no_memory else _memory(model, works[0], "int8" in dtypes)

@@ -66,8 +66,8 @@ def memory_lines(bench: ModelBench) -> list[list[str]]:
 
 
 def bench_tables(bench: ModelBench) -> list[Any]:
-    """Return the tables for a terminal: times, and memory where it was measured."""
-    tables = [_rich(bench_lines(bench), bench.model)]
+    """Return the tables for a terminal: times and memory, each where it was measured."""
+    tables = [_rich(bench_lines(bench), bench.model)] if bench.results else []
     if bench.memory:
         tables.append(_rich(memory_lines(bench), "memory of the serving process"))
     return tables

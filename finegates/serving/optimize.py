@@ -11,7 +11,9 @@ from torch import nn
 
 from .. import _native
 from ..nn import FusedGatedLinear, PrunedLinear
+from .file_pages import FilePages
 from .fused import FusedBlock
+from .packed_embedding import PackedEmbedding
 from .packed_linear import PackedLinear, check_weight_dtype, why_not
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,9 +35,10 @@ def optimize_for_cpu(model: Model, weight_dtype: str | None = None) -> Model:
 
     The model stays what it was to its caller: same class, same forward, `generate`, pipelines,
     `state_dict` and `save_pretrained` with the same keys. It is put into evaluation mode, and its
-    parameters stop to require gradients. A weight that another module shares (an output embedding
-    tied to the input embedding) is packed beside it; every other weight is held once, packed.
-    Layers that can't be packed (on another device, fp64, with hooks or parametrizations) stay.
+    parameters stop to require gradients. Every weight is held once, packed: an input embedding tied
+    to an output layer reads its rows there. Only a weight that other modules share is packed beside
+    it. Pages of a checkpoint's file are handed back to the system once they are packed. Layers that
+    can't be packed (on another device, fp64, with hooks or parametrizations) stay.
 
     Args:
         model: any module that holds Linears or `PrunedLinear`s; prune gated ones first.
@@ -69,12 +72,26 @@ def optimize_for_cpu(model: Model, weight_dtype: str | None = None) -> Model:
     model.eval()
     _freeze(model)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    embeddings = {
+        id(m.weight): m
+        for m in model.modules()
+        if type(m) is nn.Embedding and m.max_norm is None and owners[id(m.weight)] == 2
+    }
+    pages = FilePages()
+    for parameter in model.parameters():
+        pages.let_go(parameter)  # loading may have read all of them
 
     def packed(layer: nn.Module) -> nn.Module:
         if not isinstance(layer, (nn.Linear, PrunedLinear)) or why_not(layer) is not None:
             return layer
+        weight, embedding = layer.weight, embeddings.get(id(layer.weight))
         own = layer.named_parameters(recurse=False)
-        return PackedLinear(layer, weight_dtype, {n: p for n, p in own if owners[id(p)] > 1})
+        shared = {n: p for n, p in own if owners[id(p)] > 1 and (p is not weight or not embedding)}
+        new = PackedLinear(layer, weight_dtype, shared)
+        pages.let_go(weight)
+        if embedding is not None:
+            PackedEmbedding.take(embedding, new)
+        return new
 
     _replace(model, packed)
     for module in model.modules():
@@ -92,7 +109,7 @@ def restore_(model: Model) -> Model:
         The same model; one that wasn't optimized is left as it is.
     """
     for module in model.modules():
-        if isinstance(module, FusedBlock):
+        if isinstance(module, (FusedBlock, PackedEmbedding)):
             module.release()
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         model.eval()  # a refused train() stops half-way
@@ -113,12 +130,16 @@ def _freeze(model: nn.Module) -> None:
 def _replace(model: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> None:
     """Put replacements in place, one for each module however many names it has.
 
-    One by one, so that a replaced layer's memory is free before the next is packed.
+    One by one, so that a replaced layer's memory is free before the next is packed; the largest
+    first, while little else is packed.
     """
     names: dict[int, list[str]] = {}
+    sizes: dict[int, int] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    for same in names.values():
+        sizes[id(module)] = sum(p.numel() for p in module.parameters(recurse=False))
+    for key in sorted(names, key=lambda key: -sizes[key]):
+        same = names[key]
         if same[0]:
             module = model.get_submodule(same[0])
             new = replacement(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,8 +27,11 @@ class PackedLinear(nn.Module):
         layer: a plain `nn.Linear` or `PrunedLinear` on the CPU, fp32, bf16 or fp16 (kept as fp32);
             it is not changed.
         weight_dtype: None for the layer's own, ``"int8"`` for symmetric int8 with one scale a row.
-        shared: of ``"weight"`` and ``"bias"`` those that other modules hold too (an input
-            embedding); the state dict has them instead of unpacked copies.
+        shared: of ``"weight"`` and ``"bias"`` those that other modules hold too; the state dict has
+            them instead of unpacked copies.
+
+    Attributes:
+        tied: whether a `PackedEmbedding` reads its rows here.
 
     Raises:
         TypeError: another class of layer.
@@ -61,6 +65,7 @@ class PackedLinear(nn.Module):
         self.weight_dtype = weight_dtype
         self.register_buffer("packed", None, persistent=False)
         self._shared = dict(shared or {})
+        self.tied = False
         self.training = False
         self._pack(layer)
 
@@ -80,11 +85,13 @@ class PackedLinear(nn.Module):
         self.packed = _cpu.prepare(
             weight, layer.bias, rows, columns, self.out_features, self.in_features, scale
         )
+        self._lent: weakref.ref[Tensor] | None = None
 
     def unpack(self) -> nn.Linear | PrunedLinear:
         """Return the layer this one was made from, bit for bit; int8 weights as q · scale.
 
-        What isn't shared is new memory and requires no gradient.
+        What isn't shared is new memory and requires no gradient. The weight that an embedding is
+        tied to is one parameter for as long as somebody holds it.
         """
         weight, bias, rows, columns, scale = _cpu.unpack(self.packed)
         if scale is not None:
@@ -110,7 +117,17 @@ class PackedLinear(nn.Module):
             if value is not None:
                 own = nn.Parameter(value, requires_grad=False)
                 setattr(layer, name, self._shared.get(name, own))
+        if self.tied:
+            lent = None if self._lent is None else self._lent()
+            if lent is None:
+                self._lent = weakref.ref(layer.weight)
+            else:
+                layer.weight = lent
         return layer.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a copy of this layer hasn't lent to anybody."""
+        return {**self.__dict__, "_lent": None}
 
     @property
     def weight(self) -> Tensor:
@@ -181,7 +198,10 @@ class PackedLinear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        self.unpack()._save_to_state_dict(destination, prefix, keep_vars)
+        layer = self.unpack()
+        layer._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tied:  # itself, not a detached alias: the embedding's entry has to be the same
+            destination[prefix + "weight"] = layer.weight
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
