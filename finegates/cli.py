@@ -62,7 +62,7 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _info(arguments: Sequence[str]) -> None:
-    from .__main__ import main
+    from .diagnosis import main
 
     if list(arguments) in (["-h"], ["--help"]):
         sys.stdout.write("usage: finegates info\n\nwhat runs here and why; it has no options\n")

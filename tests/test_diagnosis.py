@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finegates import __main__ as diagnosing
+from finegates import diagnosis as diagnosing
 from finegates import ops
 
 ENV = Path(__file__).parent.parent / "ENV.md"
@@ -26,6 +26,14 @@ def test_runs_as_a_module_without_a_word_on_stderr():
     assert ["pruned_linear", "torch", "ready"] in [
         line.split() for line in done.stdout.splitlines()
     ]
+
+
+def test_arguments_make_it_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "finegates", "frobnicate"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "finegates: unknown command 'frobnicate'; finegates --help lists them\n"
 
 
 def test_shows_every_backend_with_its_reason():
