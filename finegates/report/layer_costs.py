@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def measure_costs(
     *,
     seconds: float = 0.02,
 ) -> CostTable:
-    """Time a `PrunedLinear` of every gated shape on the CPU, at eighths of its rows and columns.
+    """Time a `PrunedLinear` of every gated shape on the CPU, at about eighths of its sides.
 
     Medians; noise is evened out so that time never falls with size (the mean of the running
     maximum from below and the running minimum from above).
@@ -51,7 +53,7 @@ def measure_costs(
     for name in select(model, config, architecture_of(model)):
         linear: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         linears.setdefault((linear.out_features, linear.in_features), linear)
-    with threads_set_to(threads), torch.random.fork_rng(devices=[]), torch.inference_mode():
+    with threads_set_to(threads), torch.random.fork_rng(devices=[]):
         measured = tuple(_measure(linear, tokens, seconds) for linear in linears.values())
     return CostTable(tokens, threads, measured)
 
@@ -68,7 +70,7 @@ def _measure(linear: nn.Linear, tokens: int, seconds: float) -> LinearCosts:
     )
     x = torch.randn(tokens, linear.in_features, dtype=linear.weight.dtype)
     rows, columns = _sizes(linear.out_features), _sizes(linear.in_features)
-    taken = torch.tensor([[_seconds(dense, x, n, k, seconds) for k in columns] for n in rows])
+    taken = torch.tensor([_seconds(dense, x, n, columns, seconds) for n in rows])
     for axis in (0, 1):
         from_above = taken.flip(axis).cummin(axis).values.flip(axis)
         taken = (taken.cummax(axis).values + from_above) / 2
@@ -76,15 +78,24 @@ def _measure(linear: nn.Linear, tokens: int, seconds: float) -> LinearCosts:
 
 
 def _sizes(full: int) -> tuple[int, ...]:
-    return tuple(sorted({max(1, full * part // _PARTS) for part in range(1, _PARTS + 1)}))
+    # One less than the eighths: a ranking seldom keeps a number that fills the kernel's panels.
+    parts = {max(1, full * part // _PARTS - 1) for part in range(1, _PARTS)}
+    return tuple(sorted({*parts, full}))
 
 
-def _seconds(dense: nn.Linear, x: Tensor, rows: int, columns: int, seconds: float) -> float:
-    layer = PrunedLinear.from_linear(
-        dense, _spread(rows, dense.out_features), _spread(columns, dense.in_features)
-    )
-    times = interleave({"": lambda: layer(x)}, seconds, sample=seconds / 20)
-    return statistics.median(times[""])
+def _seconds(
+    dense: nn.Linear, x: Tensor, rows: int, columns: Sequence[int], seconds: float
+) -> list[float]:
+    """Return the medians at one number of rows; more layers at a time would fill the memory."""
+    kept_rows = _spread(rows, dense.out_features)
+    calls = {}
+    for k in columns:
+        layer = PrunedLinear.from_linear(dense, kept_rows, _spread(k, dense.in_features))
+        calls[str(k)] = partial(layer, x)
+    # Parameters made in inference mode would be packed anew at every call.
+    with torch.inference_mode():
+        times = interleave(calls, seconds * len(calls), sample=seconds / 20)
+    return [statistics.median(times[str(k)]) for k in columns]
 
 
 def _spread(kept: int, full: int) -> Tensor | None:
