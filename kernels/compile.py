@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from . import fold, gated_matmul, norm_gather, open_mass
 from . import gated_matmul_bwd as bwd
-from .launch import GATHER_ROWS, GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, gemm_options
+from .launch import GATHER_ROWS, GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, SUMS, gemm_options
 
 RESOURCES = Path(__file__).with_name("resources.json")
 
@@ -162,7 +162,7 @@ VARIANTS = (
                 _EVERY if distribution == "gaussian" else _16)
         for distribution in ("gaussian", "hard_concrete", "ranking", "value")
     ),
-    Variant("fold_bwd", fold._fold_bwd_kernel, STREAM, _INNER, _EVERY),
+    Variant("fold_bwd", fold._fold_bwd_kernel, SUMS, _INNER, _EVERY),
     *(
         Variant(f"norm_gather_fwd[{norm}]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
                 {"NORM": norm, **_INNER}, _EVERY if norm == "rms" else _16)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from . import traffic
 from .launch import Tile, cdiv, largest_tile
+from .traffic import LAUNCHES, compulsory
 
 
 class Rates(NamedTuple):
@@ -45,9 +46,9 @@ class Layer(NamedTuple):
 
     def forward(self) -> tuple[float, float]:
         """Return seconds of the forward; folding reads and writes w once more."""
-        tile = self._tile("fwd")
-        fused = self._gemm(traffic.forward(*self._shape, tile).compulsory, self._efficiency)
-        return fused, self._gemm(traffic.gemm(*self._shape)) + self._fold
+        moved = compulsory(traffic.forward(*self._shape, self._tile("fwd")))
+        fold = self._stream(compulsory(traffic.fold(*self._shape[1:])))
+        return self._gemm(moved, self._efficiency), self._gemm(traffic.gemm(*self._shape)) + fold
 
     def backward(self, trains_weight: bool) -> tuple[float, float]:
         """Return seconds of the backward to x, both gates and the bias, and to w where trained.
@@ -55,15 +56,38 @@ class Layer(NamedTuple):
         Both add the first-stage sums in one launch more; the folded one reads x, dx, dy and y for
         them, the other x and y (or, with a trained weight, nothing but what its GEMM reads).
         """
-        plain = traffic.gemm(*self._shape)
-        tile = self._tile("bwd_x")
-        moved = traffic.backward(*self._shape, tile).compulsory
-        fused = self._gemm(plain if trains_weight else moved, self._efficiency)
-        folded = self._gemm(plain) + self._fold + self._sums
-        if trains_weight:
-            fused += self._gemm(plain, self._efficiency)
-            folded += self._gemm(plain) + self._fold
-        return fused + self._second_stage, folded + self._second_stage
+        plain, tile = traffic.gemm(*self._shape), self._tile("bwd_x")
+        again = self._stream(compulsory(traffic.fold_again(*self._shape[1:])))
+        sums = self._stream(compulsory(traffic.folded_sums(*self._shape)))
+        tiles = traffic.sum_tiles(self.m)
+        folded = self._gemm(plain) + again + sums + self._second_stage(tiles, tiles)
+        if not trains_weight:
+            moved = compulsory(traffic.backward(*self._shape, tile))
+            tiles = cdiv(self.m, tile.m)
+            return self._gemm(moved, self._efficiency) + self._second_stage(tiles, tiles), folded
+        tile = self._tile("bwd_w")
+        moved = compulsory(traffic.weight_gradient(*self._shape, tile))
+        fused = self._gemm(plain, self._efficiency) + self._gemm(moved, self._efficiency)
+        fused += self._second_stage(cdiv(self.k, tile.k), cdiv(self.n, tile.n))
+        return fused, folded + self._gemm(plain) + again
+
+    def compact(self, rows: int, columns: int) -> float:
+        """Return seconds of a ranking step with a frozen weight on its living rows and columns.
+
+        What is left is filled up, gathered before each product, and as far from cuBLAS as any
+        product of its size. Torch's launches move little: bias, logits' room, sums.
+        """
+        n, k = traffic.filled(rows, self.n), traffic.filled(columns, self.k)
+        left = Layer(self.m, n, k, self.size, self.family)
+        gathers = sum(self._stream(2 * self.m * side * self.size) for side in (n, k))
+        tile = left._tile("fwd_map")
+        forward = traffic.pruned(self.m, n, k, self.n, self.size, tile, gathered=True)
+        tile = left._tile("bwd_x_map")
+        backward = traffic.compact_backward(self.m, n, k, self.k, self.size, tile, gathered=True)
+        products = sum(left._gemm(compulsory(t), left._efficiency) for t in (forward, backward))
+        tiles = cdiv(self.m, tile.m)
+        torch = sum(name.startswith("aten.") for way in LAUNCHES["compact"] for name in way)
+        return gathers + products + left._second_stage(tiles, tiles) + torch * _LAUNCH
 
     def frozen(self, bias: bool) -> float:
         """Return seconds of a frozen Linear's step: two GEMMs and the sum of dy."""
@@ -88,18 +112,9 @@ class Layer(NamedTuple):
     def _efficiency(self) -> float:
         return next(share for size, share in _TRITON if self.n * self.k >= size)
 
-    @property
-    def _fold(self) -> float:
-        return self._stream(2 * self.n * self.k * self.size)
-
-    @property
-    def _sums(self) -> float:
-        return self._stream(2 * self.m * (self.n + self.k) * self.size)
-
-    @property
-    def _second_stage(self) -> float:
-        tiles = cdiv(self.m, self._tile("bwd_x").m)
-        return self._stream(tiles * (2 * self.n + self.k) * 4)
+    def _second_stage(self, row_tiles: int, column_tiles: int) -> float:
+        moved = traffic.second_stage(self.n, self.k, self.size, row_tiles, column_tiles)
+        return self._stream(compulsory(moved))
 
     def _tile(self, kernel: str) -> Tile:
         bits = 8 * self.size

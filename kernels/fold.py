@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gate import gate_tile
-from .launch import OPTIONS, STREAM, cdiv
+from .launch import OPTIONS, STREAM, SUMS, cdiv
 from .operands import Gates
 
 
@@ -49,40 +49,46 @@ def _fold_fwd_kernel(
 
 @triton.jit
 def _stream_sums(
-    a_ptr, b_ptr, product_ptr, total_ptr, m, tile_m, tile, M, N, stride_am, stride_an, stride_bm,
-    BLOCK: tl.constexpr,
+    a_ptr, b_ptr, product_ptr, total_ptr, tile_m, tile, M, N, stride_am, stride_an, stride_bm,
+    BLOCK_M: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σₘ a ⊙ b and Σₘ a of one tile, to the first-stage sums [tiles, N]."""
     n = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    a = tl.load(a_ptr + m[:, None] * stride_am + n[None, :] * stride_an, mask=mask, other=0.0)
-    a = a.to(tl.float32)
+    product = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(STEPS):
+        m = (tile_m * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        a = tl.load(a_ptr + m[:, None] * stride_am + n[None, :] * stride_an, mask=mask, other=0.0)
+        a = a.to(tl.float32)
+        total += tl.sum(a, 0)
+        if product_ptr is not None:
+            b = tl.load(b_ptr + m[:, None] * stride_bm + n[None, :], mask=mask, other=0.0)
+            product += tl.sum(a * b.to(tl.float32), 0)
     if product_ptr is not None:
-        b = tl.load(b_ptr + m[:, None] * stride_bm + n[None, :], mask=mask, other=0.0)
-        tl.store(product_ptr + tile_m * N + n, tl.sum(a * b.to(tl.float32), 0), mask=n < N)
+        tl.store(product_ptr + tile_m * N + n, product, mask=n < N)
     if total_ptr is not None:
-        tl.store(total_ptr + tile_m * N + n, tl.sum(a, 0), mask=n < N)
+        tl.store(total_ptr + tile_m * N + n, total, mask=n < N)
 
 
 @triton.jit
 def _fold_bwd_kernel(
     dy_ptr, y_ptr, x_ptr, dx_ptr, dr_ptr, dc_ptr, db_ptr, M, N, K,
     stride_dym, stride_dyn, stride_ym, stride_xm, stride_xk, stride_dxm,
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First-stage Σₘ dy ⊙ y, Σₘ dy and Σₘ x ⊙ dx: blocks of N first, then blocks of K."""
     tile_m = tl.program_id(0).to(tl.int64)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     if tile < tl.cdiv(N, BLOCK):
         _stream_sums(
-            dy_ptr, y_ptr, dr_ptr, db_ptr, m, tile_m, tile, M, N,
-            stride_dym, stride_dyn, stride_ym, BLOCK,
+            dy_ptr, y_ptr, dr_ptr, db_ptr, tile_m, tile, M, N,
+            stride_dym, stride_dyn, stride_ym, BLOCK_M, STEPS, BLOCK,
         )  # fmt: skip
     elif dc_ptr is not None:
         _stream_sums(
-            x_ptr, dx_ptr, dc_ptr, None, m, tile_m, tile - tl.cdiv(N, BLOCK), M, K,
-            stride_xm, stride_xk, stride_dxm, BLOCK,
+            x_ptr, dx_ptr, dc_ptr, None, tile_m, tile - tl.cdiv(N, BLOCK), M, K,
+            stride_xm, stride_xk, stride_dxm, BLOCK_M, STEPS, BLOCK,
         )  # fmt: skip
 
 
@@ -111,15 +117,15 @@ def fold_bwd(
         First-stage sums [tiles, N], [tiles, K], [tiles, N] in fp32; None if not wanted.
     """
     (m, n), k = dy.shape, x.shape[1]
-    tiles = cdiv(m, STREAM["BLOCK_M"])
+    tiles = cdiv(m, SUMS["BLOCK_M"] * SUMS["STEPS"])
     sums = [
         torch.empty(tiles, size, dtype=torch.float32, device=x.device) if want else None
         for want, size in zip(wanted, (n, k, n), strict=True)
     ]
-    blocks = -(-n // STREAM["BLOCK"]) + (cdiv(k, STREAM["BLOCK"]) if wanted[1] else 0)
+    blocks = -(-n // SUMS["BLOCK"]) + (cdiv(k, SUMS["BLOCK"]) if wanted[1] else 0)
     if blocks:
         _fold_bwd_kernel[(tiles, blocks)](
             dy, y, x, dx, *sums, m, n, k, *dy.stride(), y.stride(0), *x.stride(),
-            0 if dx is None else dx.stride(0), **STREAM, **OPTIONS,
+            0 if dx is None else dx.stride(0), **SUMS, **OPTIONS,
         )  # fmt: skip
     return sums[0], sums[1], sums[2]

@@ -41,7 +41,9 @@ def gated_dot(
     w_ptrs = w_ptr + n[None, :] * stride_wn + k[:, None] * stride_wk
     for start in range(0, end, BLOCK_K):
         inside = k < K - start
-        column = feature_of(columns_ptr, start + k, inside)
+        column = start + k
+        if c_ptr is not None or not GATHERED:
+            column = feature_of(columns_ptr, column, inside)
         x_mask = (m < M)[:, None] & inside[None, :]
         at = start + k if GATHERED else column
         x = tl.load(x_ptrs + at[None, :] * stride_xk, mask=x_mask, other=0.0)

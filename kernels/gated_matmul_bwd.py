@@ -75,7 +75,9 @@ def _gated_matmul_bwd_x_kernel(
     w_ptrs = w_ptr + n[:, None] * stride_wn + k[None, :] * stride_wk
     for start in range(0, end, BLOCK_N):
         inside = n < N - start
-        row = feature_of(rows_ptr, start + n, inside)
+        row = start + n
+        if r_ptr is not None or not GATHERED:
+            row = feature_of(rows_ptr, row, inside)
         dy_mask = (m < M)[:, None] & inside[None, :]
         at = start + n if GATHERED else row
         dy = tl.load(dy_ptrs + at[None, :] * stride_dyn, mask=dy_mask, other=0.0)

@@ -119,8 +119,10 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
 ALIGN = 16
 # Up to this many tokens a GEMM gathers x in its own loads; beyond, one pass makes it dense first.
 GATHER_ROWS = 64
-# (elements of a row, of a column) a program of the streaming kernels takes.
+# Rows and columns that a program of the streaming kernels takes; of sums over rows so many steps,
+# as every program leaves a row of fp32 sums behind.
 STREAM = {"BLOCK_M": 32, "BLOCK": 256, "num_warps": 4}
+SUMS = {**STREAM, "STEPS": 4}
 REDUCE = {"BLOCK": 64, "BLOCK_T": 32, "num_warps": 4}
 # One row, or one gate vector, a program, in chunks.
 ROW_WISE = {"BLOCK": 1024, "num_warps": 4}

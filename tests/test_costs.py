@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from finegates.kernels.costs import RATES, Layer, estimate  # noqa: E402, needs triton
 from finegates.kernels.launch import FAMILIES  # noqa: E402, needs triton
+from finegates.kernels.traffic import filled  # noqa: E402, needs triton
 
 ROOT = Path(__file__).parents[1]
 SHAPES = runpy.run_path(str(ROOT / "bench" / "shapes.py"))
@@ -28,6 +29,40 @@ def test_the_page_holds_the_predictions_and_marks_what_misses_its_bar() -> None:
             missed = bar is not None and ratio > bar
             cells.append(f"**{ratio:.2f}**" if missed else f"{ratio:.2f}")
         assert f"| {' | '.join(cells)} |" in page
+
+
+REMOVED = SHAPES["REMOVED"]
+
+
+def living(size: int) -> int:
+    return round(size * (1.0 - REMOVED) ** 0.5)
+
+
+def test_the_page_holds_the_predictions_of_compact_steps() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    for name, (n, k, bias) in SHAPES["GPU_LAYERS"].items():
+        ratios = [
+            layer.compact(living(n), living(k)) / layer.frozen(bias)
+            for layer in (Layer(m, n, k, 2) for m in SHAPES["GPU_TOKENS"])
+        ]
+        assert f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in page
+
+
+@pytest.mark.parametrize("layer", SHAPES["GPU_LAYERS"])
+def test_filling_up_costs_little(layer: str) -> None:
+    """Sixteen rows and columns, one more than the most, are below 6 % of a compact step."""
+    n, k, _ = SHAPES["GPU_LAYERS"][layer]
+    rows, columns = living(n), living(k)
+    up = [filled(rows, n), filled(columns, k)]
+    assert all(count % 16 == 0 for count in up)
+    for m in SHAPES["GPU_TOKENS"]:
+        whole = Layer(m, n, k, 2)
+        assert whole.compact(rows, columns) == whole.compact(*up)
+        assert whole.compact(*up) <= 1.06 * whole.compact(*(count - 16 for count in up))
+
+
+def test_a_side_that_has_too_few_dead_units_is_not_filled() -> None:
+    assert [filled(10, size) for size in (12, 16, 100)] == [10, 16, 16]
 
 
 def test_every_family_has_rates() -> None:

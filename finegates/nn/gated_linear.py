@@ -12,6 +12,7 @@ from ..config import GateConfig
 from ..gates import Gate
 from ..ops import INTERPRETED, gated_linear, gated_matmul
 from ..ops.checks import transformed
+from ..ops.index_map import trust_index_map
 from .lora import LoRA
 
 
@@ -33,7 +34,11 @@ def _closed_last(gate: Gate | None) -> Tensor | None:
     if gate is None:
         return None
     closed = gate.value() == 0
-    return torch.argsort(closed.int(), stable=True).int() if closed.sum() >= _TILE else None
+    if closed.sum() < _TILE:
+        return None
+    order = torch.argsort(closed.int(), stable=True).int()
+    trust_index_map(order, len(order))
+    return order
 
 
 class Held(NamedTuple):

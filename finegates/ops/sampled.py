@@ -354,6 +354,7 @@ def _gated_matmul_context(
 ) -> None:
     y, r, c = output
     ctx.mark_non_differentiable(r, c)
+    ctx.set_materialize_grads(False)  # zeros for r and c: two launches that nobody reads
     # As in schema.py: y where it is read, and the backend that this thread asks for.
     kept = y if ctx.needs_input_grad[3] else None
     ctx.save_for_backward(*inputs[:TENSORS], kept, r, c)
@@ -363,7 +364,9 @@ def _gated_matmul_context(
 
 # As in schema.py: a second derivative would lose terms silently.
 @once_differentiable
-def _gated_matmul_grad(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gated_matmul_grad(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     *operands, y, r, c = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
     y = dy if y is None else y  # of y's shape; nobody reads it
