@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <new>
 #include <stdexcept>
@@ -98,6 +99,25 @@ struct Phases {
   LinearTasks o;
   Counter mlp_norm;
   LinearTasks glu, down;
+};
+
+// Writes what each stage took, one after the other; nothing at all without room for it.
+class StageClock {
+ public:
+  explicit StageClock(double* seconds) : at_(seconds) {
+    if (at_ != nullptr) begin_ = Clock::now();
+  }
+  void lap() {
+    if (at_ == nullptr) return;
+    const Clock::time_point now = Clock::now();
+    *at_++ = std::chrono::duration<double>(now - begin_).count();
+    begin_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* at_;
+  Clock::time_point begin_;
 };
 
 // Where each intermediate result lies in the caller's scratch.
@@ -253,17 +273,26 @@ class Decoder {
   }
 
   void work(uint8_t* scratch) {
+    StageClock clock(is_timed_.exchange(true) ? nullptr : args_.stage_seconds);
     for (int64_t i = 0; i < args_.count; ++i) {
       Phases& p = phases_[i];
       norm(p.attention_norm, input(i), args_.layers[i].attention_norm, w_.normed);
+      clock.lap();
       linear(p.qkv, scratch);
+      clock.lap();
       attention(i, p, scratch);
+      clock.lap();
       linear(p.o, scratch);
+      clock.lap();
       norm(p.mlp_norm, w_.middle, args_.layers[i].mlp_norm, w_.normed);
+      clock.lap();
       linear(p.glu, scratch);
+      clock.lap();
       linear(p.down, scratch);
+      clock.lap();
     }
     norm(end_, w_.x, args_.end_norm, args_.y);
+    clock.lap();
   }
 
   const DecoderArgs& args_;
@@ -277,6 +306,7 @@ class Decoder {
   std::vector<int64_t> inner_;
   std::deque<Phases> phases_;
   Counter end_;
+  std::atomic<bool> is_timed_{false};  // one thread sees to it: all wait for each other
 };
 
 }  // namespace

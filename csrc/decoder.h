@@ -31,6 +31,9 @@ struct DecoderArgs {
   int64_t rope_positions;  // rows of cos and sin
   int64_t mask_tokens;     // entries of each row of the mask
   Attention attention;     // without q, k, v, y, keys, values and panels
+  // Null, or room for what each stage takes. Of a layer: norm; query, key and value; attention;
+  // output; norm; gate and up; down. Last the norm at the end.
+  double* stage_seconds;
 };
 
 // Throws std::invalid_argument before anything is written, and std::bad_alloc.

@@ -199,7 +199,7 @@ void decoder(uintptr_t layers, int64_t count, const std::vector<uintptr_t>& cach
              int activation, int type, const std::array<int64_t, 5>& sizes, int64_t past,
              int64_t capacity, uintptr_t cos, uintptr_t sin, int64_t rope_positions,
              uintptr_t positions, uintptr_t mask, const std::array<int64_t, 3>& mask_sizes,
-             bool causal, float scale) {
+             bool causal, float scale, uintptr_t stage_seconds) {
   if (static_cast<int64_t>(cache.size()) != 2 * count) {
     throw std::invalid_argument("two addresses for each layer");
   }
@@ -224,7 +224,8 @@ void decoder(uintptr_t layers, int64_t count, const std::vector<uintptr_t>& cach
                       reinterpret_cast<void* const*>(cache.data()),
                       reinterpret_cast<const void*>(end_norm), reinterpret_cast<const void*>(x),
                       reinterpret_cast<void*>(y), hidden, eps, activation_of(activation),
-                      rope_positions, mask_sizes[0], attention});
+                      rope_positions, mask_sizes[0], attention,
+                      reinterpret_cast<double*>(stage_seconds)});
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,6 +292,22 @@ def test_operands_elsewhere(name: str) -> None:
     moved = value.to("meta") if isinstance(value, Tensor) else [*value[:-1], value[-1].to("meta")]
     with pytest.raises(ValueError, match=f"{name} must be .*meta"):
         decoder(x, **{**given, name: moved})
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_stages_are_timed_on_request(length: int, threads: int) -> None:
+    stack, x = make(), tokens(1, length)
+    plain = stack(x, stack.cache(1, length), 0)
+    begin = time.perf_counter()
+    with _cpu_blocks.timed_stages() as found:
+        assert torch.equal(stack(x, stack.cache(1, length), 0), plain)
+        stack(x, stack.cache(1, length), 0)
+    elapsed = time.perf_counter() - begin
+    stack(x, stack.cache(1, length), 0)
+    assert [len(seconds) for seconds in found] == 2 * [2 * _cpu_blocks.STAGES + 1]
+    for seconds in found:
+        assert bool((seconds > 0).all())
+    assert sum(float(seconds.sum()) for seconds in found) < elapsed
 
 
 def test_null_pointers_and_impossible_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_profile(model_type: str, kind: str, optimised: bool, tmp_path: Path) ->
     model = pruned(model_type)
     if optimised:
         optimize_for_cpu(model)
-    profile = profile_model(model, Work(kind, 2, 9), name="tiny", seconds=0.05)
+    profile = profile_model(model, Work(kind, 2, 9), name="tiny", seconds=0.4)
     assert profile.layers
     for layer in profile.layers:
         assert layer.seconds > 0
@@ -134,6 +134,23 @@ def test_profile(model_type: str, kind: str, optimised: bool, tmp_path: Path) ->
     assert json.loads(text)["losses"] == profile.losses()
     plot_profile(tmp_path / "profile.png", profile)
     assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@needs_native
+def test_a_stack_is_profiled_by_its_stages() -> None:
+    model = optimize_for_cpu(pruned("llama"))
+    profile = profile_model(model, Work("decode", 1, 9), seconds=0.05)
+    prefix = "model.layers.1."
+    names = [layer.name for layer in profile.layers if layer.name.startswith(prefix)]
+    assert names == [
+        prefix + "self_attn.q_proj, k_proj, v_proj", prefix + "self_attn.o_proj",
+        prefix + "mlp.gate_proj, up_proj", prefix + "mlp.down_proj",
+    ]  # fmt: skip
+    stages = [layer for layer in profile.layers if layer.name != "lm_head"]
+    assert {layer.floors["overhead"] for layer in stages} == {0.0}
+    assert sum(layer.seconds for layer in stages) < profile.parts["linear"]
+    assert profile.parts["attention"] > 0
+    assert profile.parts["norm"] > 0
 
 
 @needs_native

@@ -5,7 +5,9 @@ As in ``_cpu.py`` there is no autograd here; the public ops say what is computed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +21,27 @@ _C: Any = _native._C
 
 MOST_HEAD = 256  # features of a head of the decoder, as in csrc/kernels.h
 MOST_ENCODER_HEAD = 384  # the same of the encoder layer
+STAGES = 7  # of a decoder's layer, see csrc/decoder.h
 MASK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.bool: 3}
+
+
+_stage_seconds: ContextVar[list[Tensor] | None] = ContextVar("stage_seconds", default=None)
+
+
+@contextmanager
+def timed_stages() -> Iterator[list[Tensor]]:
+    """Time the stages of each `decoder` call inside the block.
+
+    Yields:
+        A list to which each call appends the seconds `Tensor` float64 [layers · STAGES + 1] of
+        norm, q k v, attention, output, norm, gate and up, down; and of the norm at the end.
+    """
+    found: list[Tensor] = []
+    token = _stage_seconds.set(found)
+    try:
+        yield found
+    finally:
+        _stage_seconds.reset(token)
 
 
 def encoder_layer(
@@ -177,6 +199,10 @@ def decoder(
     y = room(x, *x.shape)
     if y.numel() == 0:
         return y
+    seconds, timed = None, _stage_seconds.get()
+    if timed is not None:
+        seconds = room(positions, STAGES * layers.count + 1, dtype=torch.float64)
+        timed.append(seconds)
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
     _C.decoder(
         layers.table.data_ptr(),
@@ -200,5 +226,6 @@ def decoder(
         (mask_tokens, mask_batch, mask_query),
         mask is None or mask.dim() == 2,
         scale,
+        pointer(seconds),
     )
     return y

@@ -6,6 +6,8 @@ The times are `bench/bench_overhead.py`'s, see docs/native.md.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
@@ -17,17 +19,18 @@ _TYPES = (torch.float32, torch.bfloat16)
 _CLASSES = (Tensor, nn.Parameter)
 
 
-def is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor, types: Container[torch.dtype] = _TYPES) -> bool:
     """Return whether the native kernels may take x without asking the dispatcher.
 
-    That is: a plain fp32 or bf16 CPU tensor, and no autocast, tracing, torch.func, forward-mode AD,
-    named backend or log. Whether a gradient is wanted is for the caller to see.
+    That is: a plain CPU tensor of these types, fp32 or bf16 unless said otherwise, and no autocast,
+    tracing, torch.func, forward-mode AD, named backend or log. Whether a gradient is wanted is for
+    the caller to see.
     """
     return not (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or not x.is_cpu
-        or x.dtype not in _TYPES
+        or x.dtype not in types
         or x.is_neg()
         or transforms_run()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -22,6 +22,8 @@ from .schema import ops
 
 __all__ = ["pack", "packed_embedding", "packed_glu", "packed_linear", "packed_linears", "unpack"]
 
+_IDS = (torch.int32, torch.int64)
+
 library.define(
     "packed_linear(Tensor x, Tensor packed, SymInt out_features, str activation, Tensor? residual)"
     " -> Tensor"
@@ -108,12 +110,14 @@ def packed_embedding(ids: Tensor, packed: Tensor, features: int, dtype: torch.dt
         >>> packed_embedding(torch.tensor([2]), pack(torch.eye(3)), 3, torch.float32).tolist()
         [[0.0, 0.0, 1.0]]
     """
-    if ids.dtype not in (torch.int32, torch.int64):
+    if ids.dtype not in _IDS:
         raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
     if packed.device != ids.device:
         raise ValueError(f"ids must be on packed's device {packed.device}, got {ids.device}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a float type, got {dtype}")
+    if eager.is_plain(ids, _IDS):
+        return _cpu.embedding(ids, packed, features, dtype)
     y: Tensor = ops.packed_embedding.default(ids, packed, features, dtype)
     return y
 

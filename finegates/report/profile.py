@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..export import dense_model
 from ..nn import PrunedLinear
-from ..ops import _cpu
+from ..ops import _cpu, _cpu_blocks
 from ..serving import PackedLinear
+from ..serving.fused import FusedBlock
 from .ceilings import peak_flops, read_bandwidth
 from .module_clock import LINEARS, ModuleClock
 from .timing import interleave, machine
@@ -29,7 +30,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One Linear, or one fused block with all of its Linears.
+    """One Linear, the Linears of one stage of a fused stack, or a fused block with all of its.
 
     Args:
         name: of the module.
@@ -153,9 +154,11 @@ def profile_model(
             "dense": lambda: theirs.run(calls["dense"]),
             "model": lambda: ours.run(calls["model"]),
         }
-        interleave(hooked, seconds, max_rounds=60, clock=clock)
+        with _cpu_blocks.timed_stages() as calls_seconds:
+            interleave(hooked, seconds, max_rounds=60, clock=clock)
+        stages = _stages(model, ours, calls_seconds)
         ceilings = _ceilings(model, threads, clock)
-        layers = _layers(model, dense, ours, theirs, ceilings, clock)
+        layers = _layers(model, dense, ours, theirs, stages, ceilings, clock)
     finally:
         torch.set_num_threads(before)
     return ModelProfile(
@@ -165,26 +168,66 @@ def profile_model(
         threads,
         whole["model"],
         whole["dense"],
-        _parts(ours, layers),
-        _parts(theirs, ()),
+        _parts(ours, layers, stages),
+        _parts(theirs, (), ()),
         layers,
         ceilings,
     )
 
 
-def _parts(clock: ModuleClock, layers: Sequence[LayerProfile]) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Stage:
+    """Seconds of one stage of a fused stack's native call, and the Linears it runs."""
+
+    block: str
+    part: str
+    linears: tuple[str, ...]
+    seconds: float
+
+
+def _stages(model: nn.Module, ours: ModuleClock, calls: Sequence[Tensor]) -> list[_Stage]:
+    """Return medians over calls, of a model with one stack; none where no call timed itself.
+
+    They are the wall's. Where the clock of the modules saw less, other processes were at it, and
+    all stages shrink to what it saw.
+    """
+    stacks = {
+        name: module.stages()
+        for name, module in model.named_modules()
+        if isinstance(module, FusedBlock) and module.stages()
+    }
+    if len(stacks) != 1 or not calls:
+        return []
+    [(block, stages)] = stacks.items()
+    medians = torch.stack(list(calls)).median(0).values
+    factor = min(1.0, ours.inclusive()[block] / float(medians.sum()))
+    return [
+        _Stage(block, part, tuple(f"{block}.{name}" for name in names), factor * seconds)
+        for (part, names), seconds in zip(stages, medians.tolist(), strict=True)
+    ]
+
+
+def _parts(
+    clock: ModuleClock, layers: Sequence[LayerProfile], stages: Sequence[_Stage]
+) -> dict[str, float]:
     """Sum up the modules by part; a fused block's time beyond its Linears is its attention's.
 
-    A block that took its own forward isn't among the layers: its Linears are.
+    A block that took its own forward isn't among the layers: its Linears are. A stack that timed
+    its stages says itself what is whose.
     """
     parts = {"linear": 0.0, **dict.fromkeys(REASONS, 0.0)}
     alone = {layer.name: layer.linears or 0.0 for layer in layers}
+    staged: dict[str, float] = {}
+    for stage in stages:
+        parts[stage.part] += stage.seconds
+        staged[stage.block] = staged.get(stage.block, 0.0) + stage.seconds
     for name, seconds in clock.exclusive().items():
         part = clock.parts[name]
         if part == "block" and name in alone:
             linear = min(seconds, alone[name])
             parts["linear"] += linear
             part, seconds = "attention", seconds - linear
+        seconds = max(0.0, seconds - staged.get(name, 0.0))
         parts["rest" if part == "block" else part] += seconds
     return parts
 
@@ -218,36 +261,67 @@ def _layers(
     dense: nn.Module,
     ours: ModuleClock,
     theirs: ModuleClock,
+    stages: Sequence[_Stage],
     ceilings: Mapping[str, float],
     clock: Clock,
 ) -> list[LayerProfile]:
     seconds, dense_seconds = ours.inclusive(), theirs.inclusive()
-    layers = []
-    for name, part in ours.parts.items():
-        if part not in ("linear", "block") or name not in seconds:
-            continue
-        module = model.get_submodule(name)
-        inner = [n for n, m in module.named_modules(prefix=name) if isinstance(m, LINEARS)]
-        if part == "block" and any(n in seconds for n in inner):
-            continue
-        m = ours.rows.get(name) or max((theirs.rows.get(n, 1) for n in inner), default=1)
-        shapes = [_shape(model.get_submodule(n), dense.get_submodule(n)) for n in inner]
+
+    def rows(name: str, inner: Sequence[str]) -> int:
+        return ours.rows.get(name) or max((theirs.rows.get(n, 1) for n in inner), default=1)
+
+    def shapes(inner: Sequence[str]) -> list[tuple[int, int, int, int]]:
+        return [_shape(model.get_submodule(n), dense.get_submodule(n)) for n in inner]
+
+    def floors(inner: Sequence[str], m: int, call: float) -> dict[str, float]:
+        kept = sum(n * k for _, _, n, k in shapes(inner))
         size = sum(_weight_bytes(model.get_submodule(n)) for n in inner)
-        kept = sum(n * k for _, _, n, k in shapes)
-        floors = {
-            "overhead": ceilings["call"],
+        return {
+            "overhead": call,
             "bandwidth": size / ceilings["bytes"],
             "compute": 2 * m * kept / ceilings["flops"],
         }
+
+    layers = []
+    for stage in stages:
+        inner = stage.linears
+        if not inner:
+            continue
+        m = rows(stage.block, inner)
+        limits = floors(inner, m, 0.0)  # one call for the whole stack
+        reason = why_not_faster(stage.seconds, limits)
+        name = inner[0] + "".join(f", {n.rpartition('.')[2]}" for n in inner[1:])
+        whole = sum(dense_seconds[n] for n in inner)
+        layers.append(
+            LayerProfile(name, m, shapes(inner), stage.seconds, whole, limits, None, None, reason)
+        )
+    staged = {stage.block for stage in stages}
+    for name, part in ours.parts.items():
+        if part not in ("linear", "block") or name not in seconds or name in staged:
+            continue
+        module = model.get_submodule(name)
+        inner = tuple(n for n, m in module.named_modules(prefix=name) if isinstance(m, LINEARS))
+        if part == "block" and any(n in seconds for n in inner):
+            continue
+        m = rows(name, inner)
+        limits = floors(inner, m, ceilings["call"])
         alone = aligned = None
         if part == "block":
             alone = sum(_alone(model.get_submodule(n), m, clock) for n in inner)
-        elif max(floors.values()) < EXPLAINED * seconds[name]:
+        elif max(limits.values()) < EXPLAINED * seconds[name]:
             aligned = _aligned(module, m, clock)
-        reason = why_not_faster(seconds[name], floors, aligned, alone)
+        reason = why_not_faster(seconds[name], limits, aligned, alone)
         layers.append(
             LayerProfile(
-                name, m, shapes, seconds[name], dense_seconds[name], floors, aligned, alone, reason
+                name,
+                m,
+                shapes(inner),
+                seconds[name],
+                dense_seconds[name],
+                limits,
+                aligned,
+                alone,
+                reason,
             )
         )
     return layers

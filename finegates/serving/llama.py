@@ -185,6 +185,16 @@ class _FusedStack(FusedBlock):
             **kwargs,
         )
 
+    def stages(self: Any) -> list[tuple[str, tuple[str, ...]]]:
+        """Return a layer's norm, q k v, attention, output, norm, gate and up, down; and so on."""
+        found: list[tuple[str, tuple[str, ...]]] = []
+        for i in range(len(self.layers)):
+            names = [f"layers.{i}.{path}" for path in _LINEARS]
+            found += [("norm", ()), ("linear", tuple(names[:3])), ("attention", ())]
+            found += [("linear", (names[3],)), ("norm", ())]
+            found += [("linear", tuple(names[4:6])), ("linear", (names[6],))]
+        return [*found, ("norm", ())]
+
     def _is_plain(self: Any) -> bool:
         config = self.config
         return not (
