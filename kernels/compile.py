@@ -1,8 +1,8 @@
 """Compile the whole launch table ahead of time, without a GPU, and record what it needs.
 
 ``python -m finegates.kernels.compile`` prints the rows that differ from ``resources.json``;
-``--write`` replaces the file. Registers, stack (spills), shared memory, 16-byte global loads and
-tensor-core instructions come from the compiled code of each target.
+``--write`` replaces the file. Registers, stack (spills), shared memory, global loads of 16 and of
+2 bytes and tensor-core instructions come from the compiled code of each target.
 """
 
 import argparse
@@ -268,6 +268,7 @@ def _measure_cuda(asm: dict[str, Any]) -> dict[str, int]:
         "registers": int(found[1]),
         "spills": int(found[2]),
         "loads16": len(re.findall(r"cp\.async\.cg\.shared\.global|ld\.global[\w.]*\.v4\.b32", ptx)),
+        "loads2": len(re.findall(r"ld\.global\.b16", ptx)),
         "stores16": len(re.findall(r"st\.global[\w.]*\.v4\.b32", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),
@@ -285,6 +286,7 @@ def _measure_hip(asm: dict[str, Any]) -> dict[str, int]:
         "registers": field("vgpr_count"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         "loads16": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "loads2": len(re.findall(r"(?:global|buffer)_load_(?:ushort|short)", code)),
         "stores16": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
         "wgmma": 0,
         "mma": len(re.findall(r"v_mfma", code)),

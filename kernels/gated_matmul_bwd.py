@@ -138,7 +138,8 @@ def _gated_matmul_bwd_r_kernel(
         if b_ptr is not None:
             acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         dy_ptrs = dy_ptr + m[:, None] * stride_dym + row[None, :] * stride_dyn
-        dy = tl.load(dy_ptrs, mask=(m < M)[:, None] & closed[None, :], other=0.0)
+        # Whole rows of the tile, in loads of 16 bytes: those of the closed ones alone are of 2.
+        dy = tl.load(dy_ptrs, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
         dr = tl.sum(dy.to(tl.float32) * acc, 0)
         tl.store(dr_ptr + pid_m.to(tl.int64) * N_out + row, dr, mask=closed)
 

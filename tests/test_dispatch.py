@@ -15,6 +15,7 @@ from finegates.ops import (
     dispatch,
     gated_linear,
     gated_matmul,
+    norm_gather,
     open_mass,
     pruned_linear,
     table,
@@ -137,6 +138,25 @@ def test_backward_in_another_thread_takes_what_its_forward_asked_for(
     thread.start()
     thread.join()
     assert ran == ["torch" if asked == "torch" else "triton"]
+
+
+@pytest.mark.parametrize("op", ["gated_linear", "gated_matmul", "pruned_linear", "norm_gather"])
+def test_triton_refuses_tensors_of_the_cpu(op: str) -> None:
+    """Before any launch: by name it is an error, otherwise another backend's call."""
+    x, w, index = torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 2], dtype=torch.int32)
+    run = {
+        "gated_linear": lambda **way: gated_linear(x, w, **way),
+        "gated_matmul": lambda **way: gated_matmul(
+            x, w, None, None, None, None, "gaussian", (0.5, 0.1, 1.0), **way
+        ),
+        "pruned_linear": lambda **way: pruned_linear(x[:, :2], w[:, :2], None, None, None, **way),
+        "norm_gather": lambda **way: norm_gather(x, index, **way),
+    }[op]
+    reason = "x is on cpu, the kernels run on a GPU"
+    with pytest.raises(ValueError, match=f"backend='triton' can't run {op}: {reason}") as error:
+        run(backend="triton")
+    assert "\n" not in str(error.value)
+    run()
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:

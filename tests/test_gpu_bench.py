@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,6 +73,28 @@ def test_without_a_gpu_it_says_so(script: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no GPU here" in done.stderr
+
+
+def make(python: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--silent", "gpu-bench", f"PYTHON={python}"]
+    return subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
+
+
+def test_one_command_runs_the_tests_and_both_tables() -> None:
+    """Every job, whatever failed before it; what failed is named and is the exit status."""
+    done = make("echo")
+    assert done.returncode == 0, done.stderr
+    scripts = re.findall(r"\b(?:tests|bench)/\w+\.py", done.stdout)
+    assert scripts == [
+        "tests/test_triton_gpu.py",
+        "tests/test_finetune.py",
+        "bench/bench_gated_linear.py",
+        "bench/gpu_pruned_linear.py",
+    ]
+    assert all((BENCH.parent / script).exists() for script in scripts)
+    failed = make("false")
+    assert failed.returncode != 0
+    assert all(script in failed.stdout.splitlines()[-1] for script in scripts)
 
 
 def test_the_stand_in_is_a_part_of_cuda() -> None:

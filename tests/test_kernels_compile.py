@@ -7,6 +7,7 @@ is compiled again here (eight minutes of one core, a test per target and kernel)
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -29,6 +30,23 @@ def is_gemm(key: str) -> bool:
     return re.match(r"gated_matmul_(fwd|bwd_x|bwd_w|bwd_r)", key) is not None
 
 
+def may_gather(job: aot.Job) -> bool:
+    """Whether a form has an index map, or sizes that rule 16-byte loads out."""
+    variant = aot.VARIANTS[job.variant]
+    maps = ("rows_ptr", "columns_ptr")
+    return not variant.divisible or any(
+        variant.constants.get(name, "") is not None for name in maps
+    )
+
+
+def test_every_kernel_and_dtype_is_compiled() -> None:
+    """fp16 compiles to bf16's code but for conversions, so that one variant of a kernel has it."""
+    forms = {(aot.VARIANTS[job.variant].kernel, job.target, job.dtype) for job in JOBS.values()}
+    for kernel, targets in itertools.product({v.kernel for v in aot.VARIANTS}, aot.TARGETS):
+        only = ("fp32",) if "open_mass" in kernel.fn.__name__ else aot.DTYPES
+        assert all((kernel, targets, dtype) in forms for dtype in only), kernel
+
+
 def test_the_committed_table_is_that_of_the_launch_table() -> None:
     assert list(ROWS) == list(JOBS)
 
@@ -41,6 +59,8 @@ def assert_within_the_devices_means(job: aot.Job, row: dict[str, int]) -> None:
     if is_gemm(key) or key.startswith("fold"):
         odd = not aot.VARIANTS[job.variant].divisible
         assert odd or row["loads16"] > 0, f"{key}: operands come in 16-byte loads"
+    if is_gemm(key) and not may_gather(job):
+        assert row["loads2"] <= 1, f"{key}: nothing but the bias comes by elements"
     if not is_gemm(key) or job.dtype == "fp32" and "[tf32]" not in key:
         return
     assert row["mma"] + row["wgmma"] > 0, f"{key}: no tensor-core instruction"

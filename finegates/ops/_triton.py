@@ -130,6 +130,11 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def dense(t: Tensor | None) -> Tensor | None:
+    """Return a vector whose elements lie side by side: the kernels take no strides of vectors."""
+    return None if t is None else t.contiguous()
+
+
 def precision(x: Tensor) -> str:
     """Return how fp32 products are taken: as torch's own, tf32 only where the user allowed it.
 
@@ -168,7 +173,7 @@ def pruned_linear(
         w, columns = _aligned(w, columns)
     y: Tensor = kernels().fwd.gated_matmul_fwd(
         flat(x),
-        operands.Weight(w, b, rows, columns, precision(x)),
+        operands.Weight(w, dense(b), dense(rows), dense(columns), precision(x)),
         operands.Gates(),
         out_features,
         activation,
@@ -217,7 +222,9 @@ def norm_gather(
     norm: str,
 ) -> Tensor:
     """Run norm and gather in one launch."""
-    y: Tensor = kernels().norm.norm_gather_fwd(flat(x), columns, weight, bias, eps, norm)
+    y: Tensor = kernels().norm.norm_gather_fwd(
+        flat(x), columns.contiguous(), dense(weight), dense(bias), eps, norm
+    )
     return y.view(*x.shape[:-1], columns.shape[0])
 
 

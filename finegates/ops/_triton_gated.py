@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import flat, kernels, on_its_device, precision, refusal, same_dtype
+from ._triton import dense, flat, kernels, on_its_device, precision, refusal, same_dtype
 from .gated_call import GatedCall
 
 
@@ -24,7 +24,7 @@ def gated_linear(
     x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None
 ) -> Tensor:
     """Run the fused forward with given gate values."""
-    weight = kernels().operands.Weight(w, b, precision=precision(x))
+    weight = kernels().operands.Weight(w, dense(b), precision=precision(x))
     y: Tensor = kernels().fwd.gated_matmul_fwd(flat(x), weight, _given_gates(r, c))
     return y.view(*x.shape[:-1], w.shape[0])
 
@@ -47,14 +47,17 @@ def gated_linear_backward(
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Run the backward kernels with given gate values; closed columns always get their gradient."""
-    weight = kernels().operands.Weight(w, b, precision=precision(x))
+    weight = kernels().operands.Weight(w, dense(b), precision=precision(x))
     return _gradients(dy, x, y, weight, _given_gates(r, c), mask, True, closed_row_grad)
 
 
 def _given_gates(r: Tensor | None, c: Tensor | None) -> Any:
     """Return the kernels' gates with given values; every feature is its own unit."""
     return kernels().operands.Gates(
-        row="none" if r is None else "value", column="none" if c is None else "value", r=r, c=c
+        row="none" if r is None else "value",
+        column="none" if c is None else "value",
+        r=dense(r),
+        c=dense(c),
     )
 
 
@@ -114,12 +117,13 @@ def gated_matmul_fused(call: GatedCall) -> tuple[Tensor, Tensor, Tensor]:
 def gated_matmul_fold(call: GatedCall) -> tuple[Tensor, Tensor, Tensor]:
     """Sample the gates into the weight in one launch, then let cuBLAS multiply."""
     gates = _sampled_gates(call)
-    folded, bias = kernels().fold.fold_fwd(call.w, call.b, gates)
+    folded, bias = kernels().fold.fold_fwd(call.w, dense(call.b), gates)
     return F.linear(call.x, folded, bias), *_values(call, gates)
 
 
 def _weight(call: GatedCall) -> Any:
-    return kernels().operands.Weight(call.w, call.b, call.rows, call.columns, precision(call.x))
+    vectors = (dense(call.b), dense(call.rows), dense(call.columns))
+    return kernels().operands.Weight(call.w, *vectors, precision(call.x))
 
 
 def _sampled_gates(call: GatedCall) -> Any:
@@ -136,11 +140,11 @@ def _gates(call: GatedCall, r: Tensor | None, c: Tensor | None) -> Any:
     return kernels().operands.Gates(
         "none" if call.row_logits is None else distribution,
         "none" if call.column_logits is None else distribution,
-        r,
-        c,
-        call.row_logits,
-        call.column_logits,
-        None if distribution == "ranking" else call.seed,
+        dense(r),
+        dense(c),
+        dense(call.row_logits),
+        dense(call.column_logits),
+        None if distribution == "ranking" else dense(call.seed),
         tuple(call.row_layout),
         tuple(call.column_layout),
         *constants,

@@ -118,6 +118,11 @@ def test_non_contiguous(mask: list[bool], how: Any) -> None:
     check(case, how, mask)
     case.x = torch.stack((case.x, case.x), -1)[..., 0]
     check(case, how, mask)
+    for name in ("b", "row_logits", "column_logits", "seed"):
+        vector = getattr(case, name)
+        setattr(case, name, torch.stack((vector, vector), -1)[..., 0])
+        assert not getattr(case, name).is_contiguous()
+    check(case, how, mask)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -195,6 +200,19 @@ def test_order_changes_no_result(m: int, distribution: str, mask: list[bool]) ->
     assert open_columns <= 128, "the last tile of columns is closed"
     case.w[:, -(-open_columns // 64) * 64 :] = float("nan")
     assert torch.equal(FUSED[0](case.call())[0], ordered)
+
+
+def test_strided_maps() -> None:
+    case = make(5, 66, 70, distribution="ranking")
+    assert case.row_logits is not None
+    assert case.column_logits is not None
+    assert case.b is not None
+    rows, columns = (
+        (logits > 0).nonzero().squeeze(1) for logits in (case.row_logits, case.column_logits)
+    )
+    case.w, case.b = case.w[rows][:, columns], case.b[rows]
+    case.rows, case.columns = (torch.stack((i, i), -1).int()[:, 0] for i in (rows, columns))
+    check(case, FUSED, PRETRAINING)
 
 
 def closed_last(gates: Any) -> Any:

@@ -185,6 +185,54 @@ def test_open_mass(distribution: str) -> None:
         torch.testing.assert_close(grads[0], plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_norm_gather_of_strided_and_empty_operands(norm: str) -> None:
+    columns = torch.tensor([0, 3, 64], dtype=torch.int32)
+    x = torch.randn(66, 2, 5).permute(2, 1, 0)
+    for rows in (x, x[:0], x[..., ::1].expand(3, 5, 2, 66)):
+        y = norm_gather(rows, columns, norm=norm, backend="triton")
+        plain = reference.norm_gather(rows, columns, None, None, 1e-6, norm)
+        torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-6)
+    assert norm_gather(x, columns[:0], norm=norm, backend="triton").shape == (5, 2, 0)
+
+
+def test_pruned_linear_of_strided_operands() -> None:
+    rows, columns = (torch.tensor(index, dtype=torch.int32) for index in ([1, 5, 64], [0, 3, 4]))
+    x, w = torch.randn(70, 3, 5).permute(1, 2, 0), torch.randn(3, 3).t()
+    residual = torch.randn(66, 5, 3).permute(2, 1, 0)
+    args = (x, w, torch.randn(6)[::2], rows, columns, 66)
+    y = pruned_linear(*args, residual=residual, backend="triton")
+    plain = reference.pruned_linear(*args, "none", residual)
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_open_mass_of_nothing() -> None:
+    for offsets, size in (([0], 0), ([0, 0, 3, 3], 3)):
+        logits = torch.randn(size, requires_grad=True)
+        args = (logits, torch.tensor(offsets), "gaussian", 0.5, 0.5)
+        mass = open_mass(*args, backend="triton")
+        torch.testing.assert_close(mass, reference.open_mass(*args))
+        mass.sum().backward()
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
+
+
+def test_ops_without_a_layer_compile_whole() -> None:
+    index = torch.tensor([0, 3, 6], dtype=torch.int32)
+    w, offsets = torch.randn(3, 3), torch.tensor([0, 3, 9])
+
+    def run(x: Tensor, logits: Tensor) -> Tensor:
+        y = pruned_linear(x, w, None, index, index, 9, activation="gelu")
+        mass = open_mass(logits, offsets, "gaussian", 0.5, 0.5)
+        return norm_gather(y, index).sum() + mass.sum()
+
+    x, logits = torch.randn(4, 9), torch.randn(9)
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, logits), run(x, logits))
+    torch.compiler.reset()
+
+
 def layer_of(
     distribution: str, sizes: tuple[int, int] = (70, 66), margin: float = 0.5, **changes: Any
 ) -> Any:
@@ -485,6 +533,8 @@ def test_refusals_have_reasons() -> None:
             gated_linear(x.to(dtype), w.to(dtype), backend="triton")
         with use_backend("auto"):
             gated_linear(x.to(dtype), w.to(dtype))  # falls back
+    assert _triton.refusal(x, w.to("meta")) == "operands are on cpu and meta"
+    assert _triton.same_dtype(x, w.half()) == "operands are torch.float32 and torch.float16"
     case = make(3, 5, 7)
     constants = (case.config.distribution, case.config.constants)
     args = (case.x, case.w, case.b, case.row_logits, case.column_logits, case.seed, *constants)

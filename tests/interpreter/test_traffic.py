@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_layers
 import numpy as np
 import pytest
 import torch
@@ -508,8 +509,17 @@ def test_launches_of_a_step(way: str, launches: Launches) -> None:
     assert (tuple(forward), tuple(launches.names)) == traffic.LAUNCHES[way]
 
 
-TALL = 4096
-FAR = 2**20
+@pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
+def test_naive_gates_launch_more_than_thirty(distribution: str) -> None:
+    config = GateConfig(distribution=distribution)
+    layer = gpu_layers.make((66, 70, True), 33, torch.float32, config, "cpu")
+    with Launches() as launches:
+        torch.autograd.grad(layer.naive(), list(layer.trained.values()), layer.dy)
+    assert len(launches.names) > 30
+
+
+TALL = 512
+FAR = 2**23
 # Per kernel: which operands are there, and which of their strides is the long one.
 LONG_STRIDES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
     "fwd": (
@@ -549,7 +559,7 @@ LONG_STRIDES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, A
 
 @pytest.mark.parametrize("name", LONG_STRIDES)
 def test_offsets_are_64_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4096 rows 2²⁰ elements apart: addresses to 2³² elements, computed and not dereferenced."""
+    """512 rows 2²³ elements apart: addresses to 2³² elements, computed and not dereferenced."""
     kernel, operands, long, constants = LONG_STRIDES[name]
     lowest, highest = [2**63], [0]
     builder = type(interpreter.interpreter_builder)
