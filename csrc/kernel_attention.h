@@ -311,7 +311,7 @@ struct FromPanels {
     args.w = args.next = w;
     args.panel_bytes = 0;
     args.units = args.stream_units = units;
-    args.jump = 0;
+    args.jump = args.next_step = 0;
     args.c = c;
     args.c_stride = c_stride;
     args.addend = addend;

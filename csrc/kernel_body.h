@@ -26,7 +26,8 @@ struct TileArgs {
   int64_t units;
   int64_t stream_units;  // from w to where the stream of weights jumps
   int64_t jump;          // bytes
-  const uint8_t* next;   // weights to bring into L2 meanwhile, 64 bytes a unit
+  const uint8_t* next;   // weights to bring into L2 meanwhile
+  int64_t next_step;     // bytes a unit
   float* c;
   int64_t c_stride;
   const float* addend;  // c itself, or the bias with stride 0 in the first K block
@@ -136,9 +137,9 @@ void tile(const TileArgs& t) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
-        if (NP == 1 && MR > 6) __builtin_prefetch(next + i * 64, 0, 2);
+        if (NP == 1 && MR > 6) __builtin_prefetch(next + i * t.next_step, 0, 2);
       }
-      next += 4 * 64;
+      next += 4 * t.next_step;
       a += 4 * kStep;
       w += 4 * kUnitBytes;
     }
@@ -232,6 +233,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
   constexpr int64_t kChain = Vec::chain(K);
   const int64_t limit = p.row_segments[last_panel].start;
   const int64_t up_offset = result_floats(rows);
+  const int64_t next_step = tiles > 1 ? divide_up(kUnitBytes, tiles) : 0;
   for (int64_t panel = first_panel; panel < last_panel;) {
     // Panels that share a K block of gathered rows while it is in L2, and, where a single tile
     // holds all rows, panels multiplied at once.
@@ -256,13 +258,13 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
         const int vecs = group > 1 || outputs >= kPanel
                              ? kPanelVecs
                              : static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
-        // The block that comes after this one: the first two tiles bring half of it each, so that
-        // memory is read throughout, not only under the first tile of every block.
+        // The block that comes after this one: every tile brings its part, so that memory is read
+        // throughout, not only under the first tile of every block.
         const bool last_q = q + group >= span;
         const int64_t next_panel = last_q ? (last_block ? panel + span : panel) : panel + q + 1;
         const int64_t next_unit = !last_q ? first_unit : last_block ? 0 : end_unit;
-        const uint8_t* const next =
-            p.panels + next_panel * static_cast<int64_t>(p.panel_bytes) + next_unit * kUnitBytes;
+        const int64_t next =
+            next_panel * static_cast<int64_t>(p.panel_bytes) + next_unit * kUnitBytes;
         int64_t tile_row = 0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t tile_rows = (rows - tile_row) / (tiles - t);
@@ -289,9 +291,9 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
                 args.stream_units = all_units - unit;
                 args.jump = group_jump;
               }
-              args.next = tiles > 1 && t < 2 && half == 0
-                              ? next + (unit - first_unit) * kUnitBytes + t * args.units * 64
-                              : args.w;
+              args.next_step = next_step;
+              args.next = weights.panels + next +
+                          ((unit - first_unit) * tiles + t * args.units) * next_step;
               args.c = half_c;
               args.c_stride = c_stride;
               const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;

@@ -18,7 +18,7 @@ constexpr int64_t kGatherBytes = 384 * 1024;
 // Vectors of weight times rows (four at the least) below which a second thread, 2.5 us of waking
 // and waiting, costs more than it brings: 8 us of work.
 constexpr int64_t kSerialWork = 60000;
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 16;
 // Threads split the rows of x, so that each gathers only its own, where there are enough tiles to
 // split evenly and so few panels that gathering all rows on each thread would be seen.
 constexpr int64_t kTilesToSplit = 4;
@@ -125,18 +125,17 @@ void LinearTasks::cut(int threads) {
     most_rows = std::min<int64_t>(most_rows, kGatherBytes / row_stride(kind));
   }
   Blocks& b = blocks_;
-  b.tiles = divide_up(b.m, tile_rows);
-  b.count = divide_up(b.tiles, most_rows / tile_rows);
-  if (b.tiles >= threads * kTilesToSplit && panels_ < threads * kPanelsToShare) {
+  b.count = divide_up(b.m, most_rows);
+  if (divide_up(b.m, tile_rows) >= threads * kTilesToSplit && panels_ < threads * kPanelsToShare) {
     b.count = divide_up(b.count, threads) * threads;
   }
-  b.rows = divide_up(b.tiles, b.count) * tile_rows;
+  const int64_t rows = b.most_rows();
   for (int i = 0; i < count_; ++i) {
     const Call& call = jobs_[i].call;
     gathered_bytes_ = std::max<size_t>(gathered_bytes_,
-                                       call.layer.column_blocks * block_bytes(call.kind, b.rows));
+                                       call.layer.column_blocks * block_bytes(call.kind, rows));
     result_bytes_ = std::max<size_t>(result_bytes_,
-                                     result_floats(b.rows) * (call.pair ? 2 : 1) * sizeof(float));
+                                     result_floats(rows) * (call.pair ? 2 : 1) * sizeof(float));
   }
   total_ = b.count * panels_;
   const int64_t n = std::min<int64_t>({threads, total_, kMaxShares});

@@ -46,14 +46,13 @@ class LinearTasks {
     int64_t first_panel;  // of the panels of all jobs, counted through
   };
 
-  // The rows of x in blocks, each gathered by the thread that works on it.
+  // The rows of x in equal blocks, each gathered by the thread that works on it.
   struct Blocks {
     int64_t m;
-    int64_t tiles;  // of rows, over all blocks
     int64_t count;
-    int64_t rows;  // of the largest
 
-    int64_t first_row(int64_t block) const { return m * (tiles * block / count) / tiles; }
+    int64_t first_row(int64_t block) const { return m * block / count; }
+    int64_t most_rows() const { return divide_up(m, count); }
   };
 
   LinearTasks(const LinearArgs* args, int count);
