@@ -132,10 +132,10 @@ void LinearTasks::cut(int threads) {
   const int64_t rows = b.most_rows();
   for (int i = 0; i < count_; ++i) {
     const Call& call = jobs_[i].call;
-    gathered_bytes_ = std::max<size_t>(gathered_bytes_,
-                                       call.layer.column_blocks * block_bytes(call.kind, rows));
-    result_bytes_ = std::max<size_t>(result_bytes_,
-                                     result_floats(rows) * (call.pair ? 2 : 1) * sizeof(float));
+    gathered_bytes_ =
+        std::max<size_t>(gathered_bytes_, call.layer.column_blocks * block_bytes(call.kind, rows));
+    result_bytes_ =
+        std::max<size_t>(result_bytes_, result_floats(rows) * (call.pair ? 2 : 1) * sizeof(float));
   }
   total_ = b.count * panels_;
   const int64_t n = std::min<int64_t>({threads, total_, kMaxShares});

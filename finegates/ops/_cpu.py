@@ -98,9 +98,13 @@ def room(like: Tensor, *shape: int, **dtype: Any) -> Tensor:
     try:
         return like.new_empty(*shape, **dtype)
     except RuntimeError as error:
-        if min(shape) < 0:
-            raise ValueError(f"out_features must not be negative, got {shape[-1]}") from error
-        raise MemoryError(f"no room for a tensor of shape {shape}") from error
+        raise _no_room(shape) from error
+
+
+def _no_room(shape: tuple[int, ...]) -> Exception:
+    if min(shape) < 0:
+        return ValueError(f"out_features must not be negative, got {shape[-1]}")
+    return MemoryError(f"no room for a tensor of shape {shape}")
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -306,7 +310,10 @@ def pruned_linear(
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     if len(shape) == 2:
         m, k = shape
-        y = room(x, m, out_features)
+        try:  # room without its call: 0.15 us
+            y = x.new_empty(m, out_features)
+        except RuntimeError as error:
+            raise _no_room((m, out_features)) from error
     else:
         *leading, k = shape
         m = math.prod(leading)
