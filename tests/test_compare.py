@@ -25,6 +25,7 @@ from finegates.recipes.text import file_documents, pack
 from finegates.report import plot_spread, spread_table
 from tiny_tasks import write_model, write_task
 
+EXPERIMENTS = Path(__file__).parents[1] / "docs" / "experiments"
 MODULES = ("attention.self.query", "attention.self.key", "attention.self.value",
            "attention.output.dense", "intermediate.dense", "output.dense")  # fmt: skip
 
@@ -181,6 +182,15 @@ def test_bad_plans_are_one_line(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(ValueError, match=f"plan.json: .*{message}"):
         read_plan(path)
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_kept_results_are_runs_of_their_plans(path: Path) -> None:
+    """Each once, so that a plan goes on where it stopped and a table counts no seed twice."""
+    planned = [run.to_dict() for run in read_plan(path.with_suffix(".json"))]
+    found = [line["run"] for line in compare.read_results(path)]
+    assert [run for run in found if run not in planned] == []
+    assert [run for run in planned if found.count(run) > 1] == []
 
 
 def test_language_models_are_scored_by_perplexity(tiny: Path, tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_an_order_needs_frozen_weights() -> None:
 
 
 def test_learning_rate_of_the_logits_follows_the_distribution() -> None:
-    assert GateConfig().logits_learning_rate == 0.05
+    assert GateConfig().logits_learning_rate == 0.1
+    assert GateConfig(distribution="gaussian").logits_learning_rate == 0.05
     assert GateConfig(distribution="hard_concrete").logits_learning_rate == 0.2
     assert GateConfig(gate_learning_rate=0.01).logits_learning_rate == 0.01

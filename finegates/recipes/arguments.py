@@ -39,7 +39,7 @@ class GateArguments:
     objective: str = field(default="fraction", metadata={"help": "fraction or per_axis"})
     tie: str = field(default="unit", metadata={"help": "unit or none"})
     gate_learning_rate: float | None = field(
-        default=None, metadata={"help": "learning rate of the logits; 0.05, hard concrete 0.2"}
+        default=None, metadata={"help": "learning rate of the logits; ranking gates 0.1"}
     )
     lora_rank: int = field(
         default=0, metadata={"help": "rank of a LoRA inside the gates; folded at removal; 0: none"}
