@@ -18,7 +18,7 @@ constexpr int64_t kGatherBytes = 384 * 1024;
 // Vectors of weight times rows (four at the least) below which a second thread, 2.5 us of waking
 // and waiting, costs more than it brings: 8 us of work.
 constexpr int64_t kSerialWork = 60000;
-constexpr int64_t kTasksPerThread = 16;
+constexpr int64_t kTasksPerThread = 4;
 // Threads split the rows of x, so that each gathers only its own, where there are enough tiles to
 // split evenly and so few panels that gathering all rows on each thread would be seen.
 constexpr int64_t kTilesToSplit = 4;

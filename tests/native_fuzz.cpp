@@ -535,7 +535,8 @@ void check_decoder(Random& random) {
   attention.causal = true;
   attention.scale = 0.3f;
   DecoderArgs args = {layers.data(), count, cache.data(),      norm.data, x.data, y.data,
-                      hidden,        1e-5f, Activation::kSilu, capacity,  0,      attention, nullptr};
+                      hidden,        1e-5f, Activation::kSilu, capacity,  0,      attention,
+                      nullptr};
   decoder(args);
   const int64_t b = draw(random, 0, batch - 1);
   for (void*& tokens : cache) {
