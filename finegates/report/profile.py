@@ -135,7 +135,7 @@ def profile_model(
         work: what it does in a call.
         name: of the model, in words.
         threads: torch's number of threads.
-        seconds: time budget of each of the two measurements, without hooks and with them.
+        seconds: time budget of half the calls: without hooks and with them, in turn.
 
     Raises:
         ValueError: a gated model, or there are no native kernels, so no ceilings.
@@ -146,17 +146,20 @@ def profile_model(
     try:
         calls = {"dense": serve(dense, work), "model": serve(model, work)}
         clock = time.thread_time if threads == 1 else time.perf_counter
-        whole = _median(calls, clock, seconds)
         ours = ModuleClock(model, [""], clock)
         blocks = [n for n, part in ours.parts.items() if part == "block"]
         theirs = ModuleClock(dense, ["", *blocks], clock)
-        hooked = {
-            "dense": lambda: theirs.run(calls["dense"]),
-            "model": lambda: ours.run(calls["model"]),
-        }
-        with _cpu_blocks.timed_stages() as calls_seconds:
-            interleave(hooked, seconds, max_rounds=60, clock=clock)
-        stages = _stages(model, ours, calls_seconds)
+        native: list[Tensor] = []
+
+        def hooked() -> None:
+            with _cpu_blocks.timed_stages() as found:
+                ours.run(calls["model"])
+            native.extend(found)
+
+        every = {**calls, "dense, hooks": lambda: theirs.run(calls["dense"]), "hooks": hooked}
+        times = interleave(every, 2 * seconds, max_rounds=60, clock=clock)
+        whole = {name: statistics.median(times[name]) for name in calls}
+        stages = _stages(model, ours, native)
         ceilings = _ceilings(model, threads, clock)
         layers = _layers(model, dense, ours, theirs, stages, ceilings, clock)
     finally:
