@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
-import threading
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 from finegates import optimize_for_cpu, restore_
 from finegates.serving.bert import FusedEncoderLayer
 from numerics import assert_models_no_worse
-from serving_case import pruned
+from serving_case import check_threads_serve_as_one_does, pruned
 from tiny_models import VOCABULARY, build, inputs, logits
 
 FAMILIES = ("bert", "roberta")
@@ -202,33 +200,9 @@ def test_four_threads_serve_as_one_does() -> None:
         torch.randint(2, VOCABULARY, (1 + i % 3, 1 + 3 * i % 29), generator=generator)
         for i in range(100)
     ]
-    serial = [run(model, input_ids=ids, attention_mask=None).logits for ids in requests]
-    wrong: list[int] = []
-
-    def serve(worker: int, rounds: int) -> None:
-        for i in range(worker, worker + rounds):
-            at = i * 7 % len(requests)
-            result = run(model, input_ids=requests[at], attention_mask=None).logits
-            if not torch.equal(result, serial[at]):
-                wrong.append(at)
-
-    def in_threads(rounds: int) -> int:
-        workers = [threading.Thread(target=serve, args=(i, rounds)) for i in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return resident()
-
-    warm = in_threads(200)
-    assert in_threads(1000) - warm < 8 << 20
-    assert not wrong
-
-
-def resident() -> int:
-    """Bytes in memory of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    check_threads_serve_as_one_does(
+        lambda ids: run(model, input_ids=ids, attention_mask=None).logits, requests
+    )
 
 
 FORK = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from finegates.ops import _cpu_blocks, use_backend
 from finegates.serving import llama
 from finegates.serving.fused import FusedBlock
 from numerics import assert_no_worse
-from serving_case import pruned
+from serving_case import check_threads_serve_as_one_does, pruned
 from shared_data import shared
 from tiny_models import VOCABULARY, inputs, logits
 
@@ -255,22 +254,17 @@ def test_a_sequence_does_not_see_its_batch(head_dim: int) -> None:
 
 
 def test_threads_of_python() -> None:
+    """A prompt and a step after it, each request with a cache of its own."""
     ours = fused(build())
-    requests = [prompt(1 + i % 3, 3 + 2 * i, (0, 2, 1)[: 1 + i % 3]) for i in range(5)]
-    expected = [generate(ours, 12, **request) for request in requests]
-    right: list[bool] = []
+    requests = [prompt(1 + i % 3, 2 + 5 * i % 23)["input_ids"] for i in range(30)]
 
-    def worker(start: int) -> None:
-        for i in range(start, start + 10):
-            result = generate(ours, 12, **requests[i % 5])
-            right.append(torch.equal(result, expected[i % 5]))
+    @torch.no_grad()
+    def serve(ids: Tensor) -> Tensor:
+        first = ours(ids, use_cache=True)
+        step = ours(ids[:, :1], past_key_values=first.past_key_values)
+        return torch.cat((first.logits, step.logits), dim=1)
 
-    workers = [threading.Thread(target=worker, args=(i,)) for i in range(4)]
-    for thread in workers:
-        thread.start()
-    for thread in workers:
-        thread.join()
-    assert right == [True] * 40
+    check_threads_serve_as_one_does(serve, requests)
 
 
 def test_follows_its_weights() -> None:

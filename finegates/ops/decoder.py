@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.library import register_fake
 
@@ -70,6 +71,10 @@ def decoder(
         ValueError: a shape, a dtype or a packed layer doesn't fit; x wants a gradient.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 3:
+        raise ValueError(
+            f"x must be float32 or bfloat16 [B, S, hidden], got {x.dtype} {list(x.shape)}"
+        )
     if wants_gradient(x):
         raise ValueError("x wants a gradient, and the decoder has none")
     if len(packed) % LINEARS != 0 or not packed:
