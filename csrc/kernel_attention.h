@@ -4,6 +4,7 @@
 // in blocks that start at the batch entry's first visible one; after each block the running maximum
 // m and sum l of the softmax move on and earlier results shrink by e^(m_old - m_new).
 // (Milakov & Gimelshein 2018, arXiv 1805.02867.)
+#include "kernel_panels.h"
 #include "kernels.h"
 #include "scalar_chunks.h"
 
@@ -81,50 +82,32 @@ int64_t first_key(const Attention& t, int64_t batch) {
   return first;
 }
 
-// Key panels hold 32 keys by units of a head's columns, value panels 32 columns by units of keys.
-template <class Out>
+// Where the panels of one batch entry and group lie: all tokens from the first that is seen.
+template <class T>
 struct Panels {
-  static constexpr int64_t kUnit = 4 / sizeof(Out);
-  static constexpr Kind kKind = sizeof(Out) == 4 ? Kind::kF32 : Kind::kDot;
   int64_t first, key_units, value_units;
-  uint8_t *keys, *values;
+  float *keys, *values;
 
   Panels(const Attention& t, int64_t batch, int64_t group) {
     first = first_key(t, batch);
-    key_units = (t.head_dim + kUnit - 1) / kUnit;
-    value_units = (t.tokens() - first + kUnit - 1) / kUnit;
-    keys = t.panels + (batch * t.groups + group) * t.panel_bytes();
-    values = keys + t.panel_bytes() / 2;
+    key_units = units_of<T>(t.head_dim);
+    value_units = units_of<T>(t.tokens() - first);
+    uint8_t* const at = t.panels + (batch * t.groups + group) * t.panel_bytes();
+    keys = reinterpret_cast<float*>(at);
+    values = reinterpret_cast<float*>(at + t.panel_bytes() / 2);
   }
-  const uint8_t* key_panel(int64_t key) const {
-    return keys + (key - first) / kPanel * key_units * kUnitBytes;
+  const float* key_panel(int64_t key) const { return keys + (key - first) * key_units; }
+  const float* value_panel(int64_t column, int64_t key) const {
+    return values + column * value_units + units_of<T>(key - first) * kPanel;
   }
-  const uint8_t* value_panel(int64_t column, int64_t key) const {
-    return values + (column / kPanel * value_units + (key - first) / kUnit) * kUnitBytes;
-  }
-
-  template <class T>
-  void pack(const Attention& t, int64_t batch, int64_t group) {
-    const int64_t tokens = t.tokens() - first;
-    const int64_t columns = (t.head_dim + kPanel - 1) / kPanel * kPanel;
-    for (int64_t i = 0; i < (tokens + kPanel - 1) / kPanel * kPanel; ++i) {
-      const T* row = i < tokens ? cached<T>(t, t.keys, batch, group, first + i) : nullptr;
-      Out* out = reinterpret_cast<Out*>(keys + i / kPanel * key_units * kUnitBytes);
-      out += i % kPanel * kUnit;
-      for (int64_t c = 0; c < key_units * kUnit; ++c) {
-        Out* const at = out + c / kUnit * (kPanel * kUnit) + c % kUnit;
-        narrow(row != nullptr && c < t.head_dim ? widen(row[c]) : 0.0f, at);
-      }
-    }
-    for (int64_t i = 0; i < value_units * kUnit; ++i) {
-      const T* row = i < tokens ? cached<T>(t, t.values, batch, group, first + i) : nullptr;
-      for (int64_t c = 0; c < columns; ++c) {
-        Out* const at = reinterpret_cast<Out*>(values) +
-                        (c / kPanel * value_units + i / kUnit) * (kPanel * kUnit) +
-                        c % kPanel * kUnit + i % kUnit;
-        narrow(row != nullptr && c < t.head_dim ? widen(row[c]) : 0.0f, at);
-      }
-    }
+  void pack(const Attention& t, int64_t batch, int64_t group) const {
+    alignas(kAlign) float row[kPackRow];
+    const int64_t tokens = t.tokens() - first, stride = t.head_dim * sizeof(T);
+    const auto from = [&](uint8_t* cache) {
+      return reinterpret_cast<const uint8_t*>(cached<T>(t, cache, batch, group, first));
+    };
+    pack_keys<T>(from(t.keys), stride, tokens, t.head_dim, keys, row);
+    pack_values<T>(from(t.values), stride, tokens, t.head_dim, values, row);
   }
 };
 
@@ -140,12 +123,7 @@ void append(const Attention& t, int64_t batch, int64_t group) {
     __builtin_memcpy(cached<T>(t, t.values, batch, group, t.past + query),
                      reinterpret_cast<const T*>(t.v) + at, t.head_dim * sizeof(T));
   }
-  if (t.panels == nullptr) return;
-  if constexpr (sizeof(T) == 2 && Vec::kHasDot) {
-    Panels<uint16_t>(t, batch, group).template pack<T>(t, batch, group);
-  } else {
-    Panels<float>(t, batch, group).template pack<T>(t, batch, group);
-  }
+  if (t.panels != nullptr) Panels<T>(t, batch, group).pack(t, batch, group);
 }
 
 void append_any(const Attention& t, int64_t batch, int64_t group) {
@@ -282,12 +260,13 @@ struct FromCache {
 };
 
 // Scores and results from panels, for many rows: the tiles of the matrix product.
-template <class Out>
+// Queries are of the operand's type.
+template <class T, class Operand>
 struct FromPanels {
-  static constexpr Kind kKind = Panels<Out>::kKind;
-  using Query = Out;
+  static constexpr Kind kKind = kAttentionKind<T>;
+  using Query = Operand;
   const Attention& t;
-  Panels<Out> panels;
+  Panels<T> panels;
   int64_t first;
 
   FromPanels(const Attention& call, int64_t b, int64_t g)
@@ -304,50 +283,29 @@ struct FromPanels {
       r += many;
     }
   }
-  static TileArgs arguments(const float* a, const uint8_t* w, int64_t units, float* c,
-                            int64_t c_stride, const float* addend, int64_t addend_stride) {
-    TileArgs args;
-    args.a = reinterpret_cast<const uint8_t*>(a);
-    args.w = args.next = w;
-    args.panel_bytes = 0;
-    args.units = args.stream_units = units;
-    args.jump = args.next_step = 0;
-    args.c = c;
-    args.c_stride = c_stride;
-    args.addend = addend;
-    args.addend_stride = addend_stride;
-    return args;
-  }
 
   void scores(const Rows& rows, int64_t key, const int64_t* seen) const {
     for (int64_t k = 0; k < seen[rows.count - 1]; k += kPanel) {
       tiles(rows, seen, [&](int64_t r, int64_t many, int64_t keys) {
         if (k >= keys) return;
-        float* const c = rows.scores + r * kKeyBlock + k;
-        run_tile(shapes_of<kKind>(many),
-                 arguments(rows.q + r * kKeyBlock, panels.key_panel(key + k), panels.key_units, c,
-                           kKeyBlock, kZeros, 0),
-                 1, kPanelVecs);
+        multiply_panels<kKind>(rows.q + r * kKeyBlock, many, panels.key_panel(key + k),
+                               panels.key_units, kPanel, rows.scores + r * kKeyBlock + k, kKeyBlock,
+                               false);
       });
     }
   }
   void add(const Rows& rows, int64_t key, const int64_t* seen) const {
-    if (sizeof(Out) == 2) {  // in place: a row of bf16 is half as long
+    if constexpr (kPairs<T>) {  // never ahead of what it reads
       for (int64_t r = 0; r < rows.count; ++r) {
-        const float* p = rows.scores + r * kKeyBlock;
-        uint16_t* out = reinterpret_cast<uint16_t*>(rows.scores + r * kKeyBlock);
-        const int64_t padded = (seen[rows.count - 1] + kPanel - 1) / kPanel * kPanel;
-        for (int64_t i = 0; i < padded; i += Vec::kLanes) Vec::store(out + i, Vec::load(p + i));
+        float* const p = rows.scores + r * kKeyBlock;
+        write_row(reinterpret_cast<uint16_t*>(p), p, round_up(seen[rows.count - 1], kPanel));
       }
     }
     for (int64_t column = 0; column < t.head_dim; column += kPanel) {
       tiles(rows, seen, [&](int64_t r, int64_t many, int64_t keys) {
-        float* const c = rows.y + r * kMaxHead + column;
-        const int64_t units = (keys + Panels<Out>::kUnit - 1) / Panels<Out>::kUnit;
-        run_tile(shapes_of<kKind>(many),
-                 arguments(rows.scores + r * kKeyBlock, panels.value_panel(column, key), units, c,
-                           kMaxHead, c, kMaxHead),
-                 1, kPanelVecs);
+        multiply_panels<kKind>(rows.scores + r * kKeyBlock, many, panels.value_panel(column, key),
+                               units_of<T>(keys), kPanel, rows.y + r * kMaxHead + column, kMaxHead,
+                               true);
       });
     }
   }
@@ -396,10 +354,10 @@ void attend(const Attention& t, int64_t batch, int64_t group, int64_t first, int
             uint8_t* scratch) {
   if (t.panels == nullptr) {
     attend<T, FromCache<T>>(t, batch, group, first, queries, scratch);
-  } else if constexpr (sizeof(T) == 2 && Vec::kHasDot) {
-    attend<T, FromPanels<uint16_t>>(t, batch, group, first, queries, scratch);
+  } else if constexpr (kPairs<T>) {
+    attend<T, FromPanels<T, uint16_t>>(t, batch, group, first, queries, scratch);
   } else {
-    attend<T, FromPanels<float>>(t, batch, group, first, queries, scratch);
+    attend<T, FromPanels<T, float>>(t, batch, group, first, queries, scratch);
   }
 }
 

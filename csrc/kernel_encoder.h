@@ -1,48 +1,15 @@
 // What an encoder layer needs besides its Linears: attention of whole sequences, and LayerNorm.
-// Part of kernel_body.h, under its rules; both products of attention run on its tiles.
+// Part of kernel_body.h, under its rules.
 //
 // A result is one fixed chain of operations, whatever else is in the batch. A masked key adds an
 // exact zero, so it may as well be left out, and a padded sequence equals the same one alone.
+#include "kernel_panels.h"
 #include "kernels.h"
 
 namespace finegates {
 namespace {
 
-constexpr int kPRow = row_stride(Kind::kF32) / 4;  // floats from row to row of a tile's operand
-constexpr float kMasked = -3.4028235e38f;          // fp32's lowest
-constexpr uint16_t kAllKept[kPRow / kChunk] = {
-    0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff,
-    0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff};
-
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-// Widens a row; up to the next multiple of kPanel it ends in zeros.
-template <class T>
-void read_row(float* out, const T* in, int64_t length) {
-  const int64_t whole = length / kChunk * kChunk;
-  for (int64_t at = 0; at < whole; at += kPRow) {
-    Vec::gather(out + at, in + at, kAllKept, whole - at < kPRow ? whole - at : kPRow);
-  }
-  for (int64_t at = whole; at < round_up(length, kPanel); ++at) out[at] = 0.0f;
-  const uint16_t rest = static_cast<uint16_t>((1u << (length - whole)) - 1);
-  if (rest != 0) Vec::gather(out + whole, in + whole, &rest, length - whole);
-}
-
-// Rounds a row; `in` is readable up to the next multiple of kPanel.
-template <class T>
-void write_row(T* out, const float* in, int64_t length) {
-  const Vec::Spread low = Vec::spread(0xffff, 0), high = Vec::spread(0xffff, kChunk);
-  for (; length > 0; length -= kPanel, in += kPanel, out += kPanel) {
-    const auto panel = Vec::load_panel(in);
-    if (length <= kChunk) {
-      Vec::write(out, Vec::expand(panel, low), static_cast<int>(length));
-    } else {
-      Vec::write_pair(out, Vec::expand(panel, low), Vec::expand(panel, high),
-                      length < kPanel ? static_cast<int>(length) - kChunk : kChunk);
-    }
-  }
-}
-
+constexpr float kMasked = -3.4028235e38f;  // fp32's lowest
 template <class Step>
 FG_INLINE float reduce(F lanes, const Step& step) {
   float value[Vec::kLanes];
@@ -124,93 +91,6 @@ void end_mask(float* mask, int64_t keys) {
   for (int64_t i = keys; i < round_up(keys, kPanel); ++i) mask[i] = -__builtin_inff();
 }
 
-// bf16 is multiplied in pairs where the level has a dot product, and widened to fp32 elsewhere.
-template <class T>
-constexpr bool kPairs = sizeof(T) == 2 && Vec::kHasDot;
-template <class T>
-constexpr Kind kAttentionKind = kPairs<T> ? Kind::kDot : Kind::kF32;
-
-template <class T>
-constexpr int64_t units_of(int64_t length) {
-  return kPairs<T> ? (length + 1) / 2 : length;
-}
-
-// A row as a tile's operand: zeros up to the next multiple of kPanel.
-template <class T>
-void read_operand(float* out, const T* in, int64_t length) {
-  if constexpr (kPairs<T>) {
-    uint16_t* const pairs = reinterpret_cast<uint16_t*>(out);
-    __builtin_memcpy(pairs, in, length * sizeof(T));
-    for (int64_t i = length; i < round_up(length, kPanel); ++i) pairs[i] = 0;
-  } else {
-    read_row(out, in, length);
-  }
-}
-
-// Rows of k as the weight of a tile: panels of 32 keys, a unit for each feature or pair of them.
-template <class T>
-void pack_keys(const SelfAttention& a, const uint8_t* k, int64_t keys, float* panels, float* row) {
-  const int64_t units = units_of<T>(a.head_size);
-  for (int64_t j = 0; j < round_up(keys, kPanel); ++j) {
-    float* const panel = panels + j / kPanel * kPanel * units + j % kPanel;
-    if (j < keys) {
-      read_operand(row, reinterpret_cast<const T*>(k + j * a.stride), a.head_size);
-      for (int64_t u = 0; u < units; ++u) panel[u * kPanel] = row[u];
-    } else {
-      for (int64_t u = 0; u < units; ++u) panel[u * kPanel] = 0.0f;
-    }
-  }
-}
-
-// Columns of v as the weight of a tile: panels of 32 features, a unit for each key or pair of them.
-template <class T>
-void pack_values(const SelfAttention& a, const uint8_t* v, int64_t keys, float* panels,
-                 float* row) {
-  const int64_t d = a.head_size, units = units_of<T>(keys);
-  for (int64_t u = 0; u < units; ++u) {
-    float* unit = panels + u * kPanel;
-    if constexpr (kPairs<T>) {
-      uint16_t* const even = reinterpret_cast<uint16_t*>(row);
-      uint16_t* const odd = even + round_up(d, kPanel);
-      read_operand(row, reinterpret_cast<const T*>(v + 2 * u * a.stride), d);
-      const bool last = 2 * u + 1 == keys;  // an incomplete pair
-      const uint8_t* const next = v + (2 * u + (last ? 0 : 1)) * a.stride;
-      read_operand(reinterpret_cast<float*>(odd), reinterpret_cast<const T*>(next), last ? 0 : d);
-      for (int64_t i = 0; last && i < d; ++i) odd[i] = 0;
-      for (int64_t p = 0; p < d; p += kPanel, unit += units * kPanel) {
-        uint32_t* const pairs = reinterpret_cast<uint32_t*>(unit);
-        for (int i = 0; i < kPanel; ++i) pairs[i] = even[p + i] | uint32_t{odd[p + i]} << 16;
-      }
-    } else {
-      read_row(row, reinterpret_cast<const T*>(v + u * a.stride), d);
-      for (int64_t p = 0; p < d; p += kPanel, unit += units * kPanel) {
-        for (int i = 0; i < kPanel; i += Vec::kLanes) Vec::store(unit + i, Vec::load(row + p + i));
-      }
-    }
-  }
-}
-
-// rows x outputs of c = x w^T (+ c), with `units` columns of x; w in panels.
-template <Kind K>
-void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units, int64_t outputs,
-                     float* c, int64_t c_stride, bool add) {
-  const Shapes& shape = shapes_of<K>(rows);
-  TileArgs args;
-  args.panel_bytes = 0;
-  args.units = args.stream_units = units;
-  args.jump = args.next_step = 0;
-  args.c_stride = c_stride;
-  args.addend_stride = add ? c_stride : 0;
-  for (int64_t p = 0; p < outputs; p += kPanel) {
-    args.a = reinterpret_cast<const uint8_t*>(x);
-    args.w = args.next = reinterpret_cast<const uint8_t*>(w + p * units);
-    args.c = c + p;
-    args.addend = add ? c + p : kZeros;
-    const int64_t left = outputs - p < kPanel ? outputs - p : kPanel;
-    run_tile(shape, args, 1, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes));
-  }
-}
-
 // p = exp(scale p + mask - max) over one block of keys, exactly 0 below e^-87 of the largest.
 // `most` and `total` run over the blocks; returns by how much what came before has to shrink.
 float soften_scores(float* p, const float* mask, int64_t keys, float scale, float* most,
@@ -260,9 +140,10 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
   }
   for (int64_t first = 0; first < keys; first += kPRow) {
     const int64_t count = keys - first < kPRow ? keys - first : kPRow;
-    pack_keys<T>(a, a.k + offset + first * a.stride, count, scratch + at.keys + first * d, x);
-    pack_values<T>(a, a.v + offset + first * a.stride, count, scratch + at.values + first * padded,
-                   x);
+    pack_keys<T>(a.k + offset + first * a.stride, a.stride, count, d, scratch + at.keys + first * d,
+                 x);
+    pack_values<T>(a.v + offset + first * a.stride, a.stride, count, d,
+                   scratch + at.values + first * padded, x);
   }
   const int64_t tiles = (a.length + kRows - 1) / kRows;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
