@@ -59,6 +59,15 @@ def test_saves_what_the_pruned_model_saves(model_type: str, tied: bool, tmp_path
     assert torch.equal(logits(again), before)
 
 
+def test_a_body_alone_saves_its_own_class(tmp_path: Path) -> None:
+    body = pruned("llama").model
+    body.save_pretrained(tmp_path / "plain")
+    optimize_for_cpu(body).save_pretrained(tmp_path / "optimized")
+    plain, ours = ((tmp_path / side / "config.json") for side in ("plain", "optimized"))
+    assert "LlamaModel" in plain.read_text()
+    assert ours.read_bytes() == plain.read_bytes()
+
+
 def test_int8_rounds_weights() -> None:
     model = pruned("bert", tie_word_embeddings=False)
     before = logits(model)

@@ -140,13 +140,13 @@ class FusedEncoderLayer(FusedBlock):
         return y
 
 
-class FusedBertLayer(FusedEncoderLayer, BertLayer):  # type: ignore[no-untyped-call]
+class FusedBertLayer(FusedEncoderLayer, BertLayer):
     """A `BertLayer` as one native call."""
 
     plain = BertLayer
 
 
-class FusedRobertaLayer(FusedEncoderLayer, RobertaLayer):  # type: ignore[no-untyped-call]
+class FusedRobertaLayer(FusedEncoderLayer, RobertaLayer):
     """A `RobertaLayer` as one native call."""
 
     plain = RobertaLayer

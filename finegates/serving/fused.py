@@ -57,6 +57,12 @@ class FusedBlock(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "plain" in cls.__dict__:
+            # transformers writes a model's class into its config by this name.
+            cls.__name__ = cls.plain.__name__
+
     @classmethod
     def why_not(cls, block: nn.Module) -> str | None:
         """Return in one line why an instance of ``plain`` can't be fused, or None."""

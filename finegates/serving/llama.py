@@ -268,14 +268,14 @@ class _FusedStack(FusedBlock):
         return *table, positions
 
 
-class FusedLlamaModel(_FusedStack, llama.LlamaModel):  # type: ignore[no-untyped-call]
+class FusedLlamaModel(_FusedStack, llama.LlamaModel):
     """`LlamaModel`, see `_FusedStack`."""
 
     plain, layer = llama.LlamaModel, llama.LlamaDecoderLayer
     attention, mlp, norm_class = llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm
 
 
-class FusedMistralModel(_FusedStack, mistral.MistralModel):  # type: ignore[no-untyped-call]
+class FusedMistralModel(_FusedStack, mistral.MistralModel):
     """`MistralModel` without a sliding window, see `_FusedStack`."""
 
     plain, layer = mistral.MistralModel, mistral.MistralDecoderLayer
@@ -286,7 +286,7 @@ class FusedMistralModel(_FusedStack, mistral.MistralModel):  # type: ignore[no-u
     )
 
 
-class FusedQwen2Model(_FusedStack, qwen2.Qwen2Model):  # type: ignore[no-untyped-call]
+class FusedQwen2Model(_FusedStack, qwen2.Qwen2Model):
     """`Qwen2Model` without sliding windows, see `_FusedStack`."""
 
     plain, layer = qwen2.Qwen2Model, qwen2.Qwen2DecoderLayer
