@@ -351,6 +351,7 @@ def test_gated_linear_refuses(change: dict[str, Any], message: str) -> None:
         ({"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
         ({"residual": torch.zeros(2, 3, 4)}, r"residual must have shape \(2, 3, 7\), got"),
         ({"residual": torch.zeros(2, 3, 7, dtype=BF16)}, "residual must have x's dtype torch.floa"),
+        ({"residual": torch.zeros(2, 3, 7, device="meta")}, "residual must be on x's device cpu, "),
         ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
         ({"backend": "triton"}, "backend='triton' can't run pruned_linear: "),
     ],

@@ -61,6 +61,7 @@ def check_residual(residual: Tensor | None, x: Tensor, out_features: int) -> Non
         raise ValueError(f"residual must have shape {shape}, got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         raise ValueError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
+    check_device(x, residual=residual)
 
 
 def check_matrix(x: Tensor, w: Tensor, every_column: bool = True) -> None:
