@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from gpu_clock import Clock, allocated, command_line, main, row, write
 from gpu_layers import Layer, Provider, make, providers
-from shapes import GPU_LAYERS, GPU_TINY, GPU_TINY_TOKENS, GPU_TOKENS
+from shapes import GPU_BARS, GPU_LAYERS, GPU_TINY, GPU_TINY_TOKENS, GPU_TOKENS
 
 from finegates import GateConfig
 
-# A step over the frozen Linear's, at most: by the start of the layer's name.
-BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
 COMPILED_BAR = 1.5  # times faster than torch.compile of naive gates, at RoBERTa-base
 SEED_BYTES = 16
 UNITS = {"speed": "ms", "memory": "MB", "held": "bytes"}
@@ -75,7 +73,7 @@ def report(name: str, layer: Layer, milliseconds: dict[str, float], saved: float
     ]
     ratio = milliseconds["finegates"] / milliseconds["frozen"]
     faster = milliseconds["compiled"] / milliseconds["finegates"]
-    bar = next((bar for start, bar in BARS.items() if name.startswith(start)), None)
+    bar = GPU_BARS.get(name.split(".")[0])
     if bar is not None:
         verdicts.append((ratio <= bar, f"{ratio:.2f} of frozen, at most {bar}"))
     if name.startswith("roberta-base"):

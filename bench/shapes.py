@@ -44,6 +44,9 @@ def kept(full: int, removed: float) -> int:
     return max(1, count if count % 2 else count - 1)
 
 
+# The most that a gated step on a GPU may take over the frozen Linear's, by the layer's model.
+GPU_BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
+
 # GPU training and inference: model.layer: (out_features, in_features, bias)
 GPU_LAYERS = {
     "roberta-base.qkvo": (768, 768, True),

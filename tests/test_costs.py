@@ -15,13 +15,12 @@ from finegates.kernels.traffic import filled  # noqa: E402, needs triton
 
 ROOT = Path(__file__).parents[1]
 SHAPES = runpy.run_path(str(ROOT / "bench" / "shapes.py"))
-BARS = {"roberta-base": 1.25, "llama-1b": 1.10, "llama-7b": 1.10}
 
 
 def test_the_page_holds_the_predictions_and_marks_what_misses_its_bar() -> None:
     page = (ROOT / "docs" / "kernels.md").read_text()
     for name, (n, k, bias) in SHAPES["GPU_LAYERS"].items():
-        bar = BARS.get(name.split(".")[0])
+        bar = SHAPES["GPU_BARS"].get(name.split(".")[0])
         cells = [name, "" if bar is None else f"{bar:.2f}"]
         for m in SHAPES["GPU_TOKENS"]:
             layer = Layer(m, n, k, 2)
