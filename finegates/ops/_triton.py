@@ -84,6 +84,9 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
             return f"operands are on {x.device} and {tensor.device}"
         if max(math.prod(tensor.shape[:-1]), tensor.shape[-1]) > launch.MAX_SIZE:
             return f"a size is above {launch.MAX_SIZE}"
+        # An index of the last dimension and its stride are multiplied in 32 bits.
+        if tensor.shape[-1] * tensor.stride(-1) > launch.MAX_SIZE:
+            return f"the last dimension spans more than {launch.MAX_SIZE} elements"
     return None
 
 
