@@ -108,8 +108,8 @@ def _bwd(name: str, table: str, constants: dict[str, Any], *rest: Any, **fields:
 
 
 # Every form that a launcher emits is here, or one with more operands is: the interpreter's suite
-# looks at each of its launches. fp16 compiles to bf16's code but for the conversions, so that one
-# variant of a kernel has it.
+# looks at each of its launches. fp16 takes bf16's tiles and differs by a few registers where both
+# are compiled, so that one variant of a kernel has it, not every row of the launch table.
 VARIANTS = (
     _fwd("gaussian", "fwd", {**_both("gaussian"), **_DENSE, **_SAMPLED}, _EVERY),
     _fwd("hard_concrete", "fwd", {**_both("hard_concrete"), **_DENSE, **_SAMPLED}),
