@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _native
 from ._cpu import ACTIVATIONS, TYPES, aligned, describe, pointer, pruned_glu, room
 from .checks import check_device
+from .reference_blocks import LINEARS
 
 _C: Any = _native._C
 
@@ -107,7 +108,7 @@ class DecoderLayers:
         self.packed = [aligned(p.detach()) for p in packed]
         self.norms = [norm.detach().contiguous() for norm in norms]
         self.hidden, self.dtype = len(self.norms[0]), self.norms[0].dtype
-        self.count = len(self.packed) // 7
+        self.count = len(self.packed) // LINEARS
         for norm in self.norms:
             if norm.shape != (self.hidden,) or norm.dtype != self.dtype or not norm.is_cpu:
                 raise ValueError(
@@ -116,7 +117,7 @@ class DecoderLayers:
                 )
         rows = []
         for i in range(self.count):
-            layer = self.packed[7 * i : 7 * i + 7]
+            layer = self.packed[LINEARS * i : LINEARS * (i + 1)]
             inner = describe(layer[4])
             pruned_glu(self.norms[0].new_empty(0, inner.in_features), layer[4], layer[5],
                        inner.out_features)  # fmt: skip

@@ -11,10 +11,9 @@ from torch.library import register_fake
 from . import dispatch
 from .checks import check_choice, check_device, wants_gradient
 from .reference import ACTIVATIONS
+from .reference_blocks import LINEARS
 from .schema import _library as library
 from .schema import ops
-
-LINEARS = 7  # packed Linears of a layer: query, key, value, output, gate, up, down
 
 library.define(
     "decoder(Tensor x, Tensor[] packed, Tensor[] norms, Tensor cos, Tensor sin, Tensor positions, "

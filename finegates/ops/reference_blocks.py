@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .reference import Operands, packed_glu, packed_linear
 
+LINEARS = 7  # of a decoder's layer: query, key, value, output, gate, up, down
+
 
 def encoder_layer(
     x: Tensor,
@@ -98,9 +100,8 @@ def decoder(
         return y * cos + torch.cat((-high, low), dim=-1) * sin
 
     for i in range(len(keys)):
-        (q, n_q), (k, n_k), (v, n_v), (o, n_o), (gate, n_inner), (up, _), (down, n_d) = layers[
-            7 * i : 7 * i + 7
-        ]
+        block = layers[LINEARS * i : LINEARS * (i + 1)]
+        (q, n_q), (k, n_k), (v, n_v), (o, n_o), (gate, n_inner), (up, _), (down, n_d) = block
         normed = rms_norm(x, norms[2 * i], eps)
         query = turn(heads(packed_linear(normed, q, n_q)))
         keys[i][:, :, past:tokens] = turn(heads(packed_linear(normed, k, n_k)))
