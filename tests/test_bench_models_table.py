@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-MODELS = Path(__file__).parents[1] / "bench" / "models.py"
+from finegates.report.bench_model import Cell, ModelBench, Result
+from finegates.report.work import Work
 
-
-def result(runtime: str, p50: float | None, threads: int = 1, kind: str = "prefill") -> Any:
-    work = {"kind": kind, "batch": 1, "length": 16}
-    return {"runtime": runtime, "cell": {"dtype": "bf16", "work": work, "threads": threads}} | {
-        "p50": p50
-    }
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "bench" / "models.py"
 
 
-def report(tmp_path: Path, shape: str, *results: Any) -> list[str]:
+def result(runtime: str, p50: float | None, threads: int = 1, kind: str = "prefill") -> Result:
+    return Result(runtime, Cell("bf16", Work(kind, 1, 16), threads), p50)
+
+
+def report(tmp_path: Path, shape: str, *results: Result) -> list[str]:
     path = tmp_path / f"{shape}.json"
-    path.write_text(json.dumps({"results": results}))
+    bench = ModelBench(shape, 0.2, list(results), [])
+    path.write_text(json.dumps(bench.to_dict()))
+    assert ModelBench.from_dict(json.loads(path.read_text())) == bench
     command = [sys.executable, str(MODELS), str(path), "--png", str(tmp_path / "all.png")]
-    out = subprocess.check_output(command, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.check_output(command, text=True, env=environment)
     assert (tmp_path / "all.png").stat().st_size > 1000
     return out.splitlines()
 
@@ -49,8 +53,12 @@ def test_the_lead_is_over_the_fastest_dense_runtime(tmp_path: Path) -> None:
     ]
 
 
-def test_a_decoder_has_its_own_bars(tmp_path: Path) -> None:
-    ours, peer = result("optimized", 10.0), result("llama.cpp", 16.0)
-    assert report(tmp_path, "llama-1b", peer, ours)[-1].endswith("not 1.700")
-    step = (result("llama.cpp", 10.1, kind="decode"), result("optimized", 10.0, kind="decode"))
+def test_a_decoder_has_its_own_bars_and_needs_its_peer(tmp_path: Path) -> None:
+    step = [result("llama.cpp", 10.1, kind="decode"), result("optimized", 10.0, kind="decode")]
     assert report(tmp_path, "llama-1b", *step)[-1] == "none"
+    prefill = [result("llama.cpp", 16.0), result("optimized", 10.0)]
+    faults = report(tmp_path, "llama-1b", *step, *prefill)
+    assert faults[-1].endswith("1.600 times the fastest dense, not 1.700")
+    alone = [result("transformers", 40.0), result("llama.cpp", None), result("optimized", 10.0)]
+    faults = report(tmp_path, "llama-1b", *step, *alone)
+    assert faults[-1].endswith(": llama.cpp was not timed")

@@ -17,7 +17,7 @@ from ..export import dense_model
 from ..serving import optimize_for_cpu
 from .memory import Memory
 from .runtimes import PEERS, Prepare, Runtime, torch_runtime
-from .timing import interleave, machine, percentile
+from .timing import interleave, machine, percentile, threads_set_to
 from .work import Call, Work, serve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
@@ -84,6 +84,16 @@ class ModelBench:
         """Return JSON values."""
         return {**asdict(self), "machine": dict(self.machine)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelBench:
+        """Build it from `to_dict`'s output."""
+        results = []
+        for result in values["results"]:
+            cell = {**result["cell"], "work": Work(**result["cell"]["work"])}
+            results.append(Result(**{**result, "cell": Cell(**cell)}))
+        memory = [Memory(**sizes) for sizes in values["memory"]]
+        return cls(values["model"], values["removed"], results, memory, values["machine"])
+
     def cells(self) -> dict[Cell, dict[str, Result]]:
         """Return the results by cell and runtime, in the order of measurement."""
         cells: dict[Cell, dict[str, Result]] = {}
@@ -127,19 +137,16 @@ def bench_model(
         for name in given:
             if name not in known:
                 raise ValueError(f"{argument} must be of {known}, got {name!r}")
-    before = torch.get_num_threads()
     results = []
-    try:
-        for dtype in dtypes:
-            with tempfile.TemporaryDirectory(prefix="finegates-bench-") as folder:
-                contest = _Contest(model, works, dtype, peers, Path(folder))
-                for work in works:
-                    for count in threads:
+    for dtype in dtypes:
+        with tempfile.TemporaryDirectory(prefix="finegates-bench-") as folder:
+            contest = _Contest(model, works, dtype, peers, Path(folder))
+            for work in works:
+                for count in threads:
+                    with threads_set_to(count):
                         for result in contest.run(Cell(dtype, work, count), seconds):
                             results.append(result)
                             progress(result)
-    finally:
-        torch.set_num_threads(before)
     return results
 
 
@@ -170,7 +177,6 @@ class _Contest:
 
     def run(self, cell: Cell, seconds: float) -> Iterator[Result]:
         """Check all, then time those that passed."""
-        torch.set_num_threads(cell.threads)
         calls: dict[str, Call] = {}
         errors: dict[str, float] = {}
         for runtime in self.runtimes:

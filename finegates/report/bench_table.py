@@ -20,7 +20,7 @@ def bench_lines(bench: ModelBench) -> list[list[str]]:
     runtimes = list(dict.fromkeys(r.runtime for r in bench.results if r.p50 is not None))
     lines = [["weights", "work", "threads", *runtimes, "× fastest dense", "tokens/s"]]
     for cell, results in bench.cells().items():
-        times = [_milliseconds(results.get(name)) for name in runtimes]
+        times = [milliseconds(results.get(name)) for name in runtimes]
         ours = results.get(OURS[-1])
         rate = ours.tokens_per_second if ours else None
         ratio = lead(results.values())
@@ -45,6 +45,13 @@ def lead(results: Any) -> tuple[float, str] | None:
         return None
     fastest = min(dense, key=lambda name: dense[name])
     return dense[fastest] / timed[OURS[-1]], fastest
+
+
+def milliseconds(result: Result | None) -> str:
+    """Return p50 as text, or a dash."""
+    if result is None or result.p50 is None:
+        return "–"
+    return f"{result.p50:.3g}" if result.p50 < 1000 else f"{result.p50:.0f}"
 
 
 def reasons(bench: ModelBench) -> list[str]:
@@ -117,12 +124,6 @@ def plot_bench(path: str | os.PathLike[str], bench: ModelBench) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _milliseconds(result: Result | None) -> str:
-    if result is None or result.p50 is None:
-        return "–"
-    return f"{result.p50:.3g}" if result.p50 < 1000 else f"{result.p50:.0f}"
 
 
 def _rich(lines: Sequence[Sequence[str]], title: str) -> Any:

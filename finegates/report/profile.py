@@ -19,7 +19,7 @@ from ..serving import PackedLinear
 from ..serving.fused import FusedBlock
 from .ceilings import peak_flops, read_bandwidth
 from .module_clock import LINEARS, ModuleClock
-from .timing import interleave, machine
+from .timing import interleave, machine, threads_set_to
 from .why import EXPLAINED, FLOORS, REASONS, losses, why_not_faster
 from .work import Work, serve
 
@@ -141,9 +141,7 @@ def profile_model(
         ValueError: a gated model, or there are no native kernels, so no ceilings.
     """
     dense = dense_model(model)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set_to(threads):
         calls = {"dense": serve(dense, work), "model": serve(model, work)}
         clock = time.thread_time if threads == 1 else time.perf_counter
         ours = ModuleClock(model, [""], clock)
@@ -162,8 +160,6 @@ def profile_model(
         stages = _stages(model, ours, native)
         ceilings = _ceilings(model, threads, clock)
         layers = _layers(model, dense, ours, theirs, stages, ceilings, clock)
-    finally:
-        torch.set_num_threads(before)
     return ModelProfile(
         name or type(model).__name__,
         work,
