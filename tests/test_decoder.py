@@ -28,6 +28,7 @@ from finegates.ops import (
     schema,
     unpack,
 )
+from finegates.report.timing import threads_set_to
 from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
@@ -206,14 +207,10 @@ def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype, length: int) -> N
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         alone.append(stack(x[i : i + 1], own, past - pad, positions=positions, cos=cos, sin=sin))
     mask = torch.arange(past + length) >= torch.tensor(pads)[:, None]
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with threads_set_to(threads):
             together = stack(x, copies(whole), past, mask)
             assert torch.equal(together, torch.cat(alone))
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_threads_of_python() -> None:

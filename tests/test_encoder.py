@@ -24,6 +24,7 @@ from finegates.ops import (
     unpack,
     use_backend,
 )
+from finegates.report.timing import threads_set_to
 from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
@@ -174,16 +175,12 @@ def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype) -> None:
     alone = [layer(x[i : i + 1, :n].contiguous()) for i, n in enumerate(lengths)]
     keep = padding(lengths, 40)
     rows = keep.expand(-1, 3, 40, -1).contiguous()
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with threads_set_to(threads):
             for mask in (keep, rows, additive(keep, dtype), additive(rows, dtype)):
                 together = layer(x, mask)
                 for i, n in enumerate(lengths):
                     assert torch.equal(together[i, :n], alone[i][0])
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_long_batches_go_in_groups() -> None:

@@ -11,8 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from finegates import _native
 from finegates.ops import _cpu
+from finegates.report.timing import threads_set_to
 from levels import LEVELS, run_capped
 from numerics import assert_no_worse
 
@@ -114,16 +114,6 @@ class Layer:
 
 def random(*shape: int, dtype: torch.dtype = F32, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def team(call: Callable[[], object]) -> int:
@@ -241,12 +231,12 @@ def test_bitwise_for_any_batch_position_and_threads(
 ) -> None:
     layer = Layer(300, 900, 233, 697, weight_dtype)
     x = random(67, 900, dtype=dtype)
-    with torch_threads(1):
+    with threads_set_to(1):
         whole = layer.run(x, "gelu")
         for m in range(1, 67):
             assert torch.equal(layer.run(x[67 - m :], "gelu"), whole[67 - m :])
     for threads in (2, 3, 4):
-        with torch_threads(threads):
+        with threads_set_to(threads):
             for _ in range(5):
                 assert torch.equal(layer.run(x, "gelu"), whole)
             assert torch.equal(layer.run(x[5:6], "gelu"), whole[5:6])
@@ -277,10 +267,10 @@ def test_bitwise_for_any_thread_count(kind: str, size: int, kept: int, m: int) -
             return _cpu.pruned_linears(x, [packed] * 3, [size] * 3)
         return [_cpu.pruned_linear(x, packed, size)]
 
-    with torch_threads(1):
+    with threads_set_to(1):
         want = torch.stack(run())
     for threads in (2, 3, 17):
-        with torch_threads(threads):
+        with threads_set_to(threads):
             assert team(run) == threads
             for _ in range(3):
                 assert torch.equal(torch.stack(run()), want)
@@ -678,7 +668,7 @@ def test_torch_thread_count_reaches_new_python_threads() -> None:
         seen.append(omp.omp_get_max_threads())
 
     for count in (1, 2, 3):
-        with torch_threads(count):
+        with threads_set_to(count):
             thread = threading.Thread(target=call)
             thread.start()
             thread.join()
@@ -703,7 +693,7 @@ def test_many_python_threads(threads: int) -> None:
             if not torch.equal(layer.run(x, "silu"), want):
                 wrong.append(i)
 
-    with torch_threads(threads):
+    with threads_set_to(threads):
         # The small layer and a single bf16 row stay serial.
         teams = [team(lambda args=args: args[0].run(args[1], "silu")) for args in work]
         assert teams.count(threads) >= 4
