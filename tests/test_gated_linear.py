@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -60,11 +60,9 @@ def test_state_dict_names(distribution: str, bias: bool) -> None:
     expected = ["weight", *(["bias"] if bias else []), "row_gate.logits", "column_gate.logits"]
     assert list(layer.state_dict()) == expected
     assert all(type(v) is Tensor for v in layer.state_dict().values())
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
+    stored = safetensors.torch.save(layer.state_dict())
     twin = FusedGatedLinear(6, 8, bias, config=GateConfig(distribution=distribution))
-    twin.load_state_dict(torch.load(buffer, weights_only=True))
+    twin.load_state_dict(safetensors.torch.load(stored))
     x = torch.randn(3, 6)
     assert torch.equal(twin.eval()(x), layer.eval()(x))
 
