@@ -47,6 +47,15 @@ def test_every_kernel_and_dtype_is_compiled() -> None:
         assert all((kernel, targets, dtype) in forms for dtype in only), kernel
 
 
+def test_no_kernel_adds_in_an_order_of_its_own() -> None:
+    """Two runs give the same bits: sums are stored and added in order, never by atomics.
+
+    The interpreter runs programs one after the other, so equal runs there prove nothing of it.
+    """
+    sources = Path(aot.__file__).parent.glob("*.py")
+    assert [path.name for path in sources if "tl.atomic" in path.read_text()] == []
+
+
 def test_the_committed_table_is_that_of_the_launch_table() -> None:
     assert list(ROWS) == list(JOBS)
 

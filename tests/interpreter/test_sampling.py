@@ -120,7 +120,7 @@ def test_rows_columns_layers_and_steps_are_independent(distribution: str) -> Non
 @pytest.mark.parametrize("distribution", LOGITS)
 def test_the_two_sides_of_a_forward_are_independent(distribution: str) -> None:
     """Of one seed tensor as the layer draws it: unit by unit, and each side varies."""
-    n = 2048
+    n = 4096
     case = make(1, n, n, distribution=distribution, bias=False)
     case.row_logits, case.column_logits = (torch.full((n,), LOGITS[distribution]) for _ in "rc")
     _, r, c = _triton_gated.gated_matmul_fused(case.call())
