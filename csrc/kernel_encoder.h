@@ -10,6 +10,7 @@ namespace finegates {
 namespace {
 
 constexpr float kMasked = -3.4028235e38f;  // fp32's lowest
+
 template <class Step>
 FG_INLINE float reduce(F lanes, const Step& step) {
   float value[Vec::kLanes];
