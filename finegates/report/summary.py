@@ -99,7 +99,7 @@ def table(report: Report) -> Any:
     from rich import box
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     drawn.add_column(no_wrap=True)
     for row in report.rows:
         drawn.add_column(row.model, justify="right", vertical="bottom")
