@@ -21,11 +21,16 @@ bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
 	$(BIN)/python bench/table.py build/bench.json --png build/bench.png | tee build/bench.md
 
 SHAPES := minilm roberta-base roberta-large smollm2 llama-1b
-bench-models: $(VENV)/.installed  ## whole models of known shapes against every runtime installed
-	for shape in $(SHAPES); do \
-	  $(BIN)/finegates bench-model --shape $$shape --bars --json build/$$shape.json \
-	    --markdown build/$$shape.md --png build/$$shape.png || exit 1; done
-	$(BIN)/python bench/models.py $(SHAPES:%=build/%.json) --png build/models.png
+MODELS := build/models
+bench-models: $(VENV)/.installed  ## whole models, 40, 20 and 0 % removed, against other runtimes
+	mkdir -p $(MODELS)
+	for shape in $(SHAPES); do for sparsity in 0.4 0.2 0; do \
+	  case $$sparsity in 0.4) how=;; *) how='--seconds 1 --no-memory';; esac; \
+	  to=$(MODELS)/$$shape-$$sparsity; \
+	  $(BIN)/finegates bench-model --shape $$shape --sparsity $$sparsity --bars $$how \
+	    --json $$to.json --markdown $$to.md --png $$to.png || exit 1; done; done
+	$(BIN)/python bench/models.py $(foreach s,$(SHAPES),$(foreach r,0.4 0.2 0,$(MODELS)/$s-$r.json)) \
+	  --png $(MODELS)/all.png > $(MODELS)/all.md
 
 # With the caller's Python: the pins above are CPU builds of torch. docs/kernels.md says what it
 # needs. Everything runs, whatever failed before; what failed is named last.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from finegates import _native, cli, gate_, prune_
+import finegates
+from finegates import PrunedLinear, _native, cli, gate_, prune_
 from finegates.recipes.shapes import shaped_model
 from finegates.report import bench_model as bench_module
 from finegates.report.bench_model import Cell, ModelBench, Result, bench_model
 from finegates.report.bench_table import bench_lines, bench_markdown, lead, plot_bench, reasons
 from finegates.report.memory import memory_of
 from finegates.report.runtimes import PEERS, Runtime
+from finegates.report.timing import commit, machine
 from finegates.report.work import STRIDE, Work, serve
 from tiny_models import build, scatter_gates_
 
@@ -111,6 +116,56 @@ def test_wrong_and_broken_runtimes_are_not_timed(monkeypatch: pytest.MonkeyPatch
     assert found["optimized"].p50 is not None
 
 
+@needs_native
+def test_decoding_is_held_against_reading_the_kept_weights() -> None:
+    model = pruned("llama")
+    results = bench_model(
+        model, [Work("decode", 1, 7), Work("prefill", 1, 7)], dtypes=["bf16", "int8"],
+        peers=["transformers"], seconds=0.01,
+    )  # fmt: skip
+    linears = (m for m in model.modules() if isinstance(m, (nn.Linear, PrunedLinear)))
+    kept = sum(m.weight.numel() for m in linears)
+    found = [(r.cell.dtype, r.cell.work.kind, r.runtime) for r in results if r.bandwidth]
+    assert found == [("bf16", "decode", "optimized"), ("int8", "decode", "optimized")]
+    for r in results:
+        if r.bandwidth is None or r.p50 is None:
+            assert r.share_of_bandwidth is None
+            continue
+        assert r.weight_bytes == kept * (2 if r.cell.dtype == "bf16" else 1)
+        assert 1e9 < r.bandwidth < 1e12
+        assert r.share_of_bandwidth == pytest.approx(r.weight_bytes / r.bandwidth * 1e3 / r.p50)
+
+
+@needs_native
+def test_a_dense_model_runs_once_in_transformers() -> None:
+    results = bench_model(build("bert"), [Work("prefill", 1, 7)], dtypes=["fp32"], peers=[],
+                          seconds=0.01)  # fmt: skip
+    assert [r.runtime for r in results] == ["optimized"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_commit(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.check_output(command, text=True).strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert commit(package) == finegates.__version__
+    git("init", "-q")
+    assert commit(package) == finegates.__version__
+    git("add", ".")
+    git("commit", "-q", "-m", "m")
+    assert commit(package) == git("rev-parse", "HEAD")
+    (tmp_path / "results.json").write_text("{}")
+    git("add", ".")
+    assert commit(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("1")
+    assert commit(package) == git("rev-parse", "HEAD") + " and changes"
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="peers must be of .*, got 'tensorflow'"):
         bench_model(pruned("bert"), [Work("prefill", 1, 4)], peers=["tensorflow"])
@@ -141,7 +196,7 @@ def example() -> ModelBench:
     times = {"transformers": 8.0, "OpenVINO": 6.0, "pruned": 5.0, "optimized": 3.0}
     results = [Result(n, one, t, t, t, 16e3 / t, 5, 1e-6) for n, t in times.items()]
     results.append(Result("OpenVINO", two, reason="it is not installed"))
-    return ModelBench("tiny", 0.3, results, machine={"cpu": "a CPU", "torch": "2"})
+    return ModelBench("tiny", 0.3, results, machine=machine())
 
 
 def test_tables_and_figure(tmp_path: Path) -> None:
@@ -152,10 +207,12 @@ def test_tables_and_figure(tmp_path: Path) -> None:
     )
     header, first, second = bench_lines(bench)
     assert header[3:7] == ["transformers", "OpenVINO", "pruned", "optimized"]
-    assert first[3:] == ["8", "6", "5", "3", "2.00 (OpenVINO)", "5333"]
-    assert second[3:] == ["–", "–", "–", "–", "", ""]
+    assert first[3:] == ["8", "6", "5", "3", "2.00 (OpenVINO)", "5333", ""]
+    assert second[3:] == ["–", "–", "–", "–", "", "", ""]
     text = bench_markdown(bench)
     assert "30.0 % of its parameters removed" in text
+    assert f"commit {commit()}" in text
+    assert f"{torch.get_num_threads()} threads" in text
     assert "Not timed: OpenVINO bf16: it is not installed." in text
     assert json.loads(json.dumps(bench.to_dict()))["results"][0]["cell"]["work"]["batch"] == 1
     plot_bench(tmp_path / "bench.png", bench)
@@ -202,6 +259,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "prefill 1×8" in out
     assert "4000" not in out
     assert all(file.exists() for file in files)
+    bench = ModelBench.from_dict(json.loads(files[0].read_text()))
+    assert (bench.shape, bench.sparsity, bench.machine) == (None, None, machine())
     for wrong, message in (
         (["bench-model"], "give either MODEL or --shape"),
         (["bench-model", "m", "--bars"], "--bars needs --shape"),

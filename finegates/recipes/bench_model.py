@@ -74,9 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     if given.bars and given.shape is None:
         raise ValueError(f"--bars needs --shape, one of {', '.join(SHAPES)}")
-    dtypes = BARS[given.shape][1] if given.bars else given.dtype
+    dtypes, peers = given.dtype, given.peers
+    if given.bars:
+        works, dtypes = BARS[given.shape]
+        if given.sparsity == 0:  # held against transformers alone, which has no int8 weights
+            dtypes, peers = [d for d in dtypes if d != "int8"], peers or ["transformers"]
     model, label = which_model.load(given, None if "fp32" in dtypes else "bf16")
-    works = BARS[given.shape][0] if given.bars else _grid(model, given)
+    if not given.bars:
+        works = _grid(model, given)
     threads = list(dict.fromkeys(given.threads))
     begin, console = time.monotonic(), Console(stderr=True)
 
@@ -96,14 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             works,
             dtypes=dtypes,
             threads=threads,
-            peers=given.peers,
+            peers=peers,
             seconds=given.seconds,
             progress=progress,
         )
     total = report.parameters(dense_model(model))
     removed = (total - report.parameters(model)) / total
     memory = () if given.no_memory else _memory(model, works[0], "int8" in dtypes)
-    bench = ModelBench(label, removed, results, memory)
+    sparsity = None if given.shape is None else given.sparsity
+    bench = ModelBench(label, removed, results, memory, given.shape, sparsity)
     _write(bench, given)
     wrong = [r for r in results if r.runtime in OURS and r.reason]
     if wrong:

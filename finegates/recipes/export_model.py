@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             export_openvino(model, given.out / "openvino_model.xml")
     _copy_tokenizer(Path(model_path(given.model)), given.out)
-    size = report.folder_size(given.out) / 2**20
+    size = report.folder_size(given.out) / 1e6
     Console().print(f"{given.out}: {given.format}, {size:.1f} MB", highlight=False)
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..export import dense_model
+from ..nn import PrunedLinear
 from ..serving import optimize_for_cpu
+from .ceilings import read_bandwidth, reading
 from .memory import Memory
 from .runtimes import PEERS, Prepare, Runtime, torch_runtime
 from .timing import interleave, machine, percentile, threads_set_to
@@ -51,6 +53,8 @@ class Result:
         rounds: how many calls were timed.
         error: relative RMS error of its logits against the fp32 reference.
         reason: why it wasn't timed.
+        weight_bytes, bandwidth: of the optimised model's decode: the Linears' kept weights, which
+            a call reads once, and bytes a second that as many cores read, measured right after.
     """
 
     runtime: str
@@ -62,6 +66,15 @@ class Result:
     rounds: int = 0
     error: float | None = None
     reason: str | None = None
+    weight_bytes: int | None = None
+    bandwidth: float | None = None
+
+    @property
+    def share_of_bandwidth(self) -> float | None:
+        """Seconds that reading the kept weights takes at the least, over p50."""
+        if self.weight_bytes is None or self.bandwidth is None or self.p50 is None:
+            return None
+        return self.weight_bytes / self.bandwidth / (1e-3 * self.p50)
 
 
 @dataclass(frozen=True)
@@ -72,12 +85,16 @@ class ModelBench:
         model: what was timed, in words.
         removed: fraction of the dense model's parameters that the pruned one lacks.
         results, memory: see their classes.
+        shape, sparsity: the name in `recipes.shapes.SHAPES` and the fraction of the gated weights
+            that was removed; None for a model of the user's.
     """
 
     model: str
     removed: float
     results: Sequence[Result]
     memory: Sequence[Memory] = ()
+    shape: str | None = None
+    sparsity: float | None = None
     machine: Mapping[str, Any] = field(default_factory=machine)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +109,7 @@ class ModelBench:
             cell = {**result["cell"], "work": Work(**result["cell"]["work"])}
             results.append(Result(**{**result, "cell": Cell(**cell)}))
         memory = [Memory(**sizes) for sizes in values["memory"]]
-        return cls(values["model"], values["removed"], results, memory, values["machine"])
+        return cls(**{**values, "results": results, "memory": memory})
 
     def cells(self) -> dict[Cell, dict[str, Result]]:
         """Return the results by cell and runtime, in the order of measurement."""
@@ -169,9 +186,10 @@ class _Contest:
         optimized = copy.deepcopy(pruned)
         optimize_for_cpu(optimized, weight_dtype="int8" if dtype == "int8" else None)
         self.runtimes = [peer for peer in PEERS if peers is None or peer.name in peers]
-        if dtype != "int8":
+        if dtype != "int8" and any(isinstance(m, PrunedLinear) for m in pruned.modules()):
             self.runtimes.append(torch_runtime("pruned", pruned))
         self.runtimes.append(torch_runtime("optimized", optimized))
+        self.optimized = optimized
         self.folder = folder
         self.opened: dict[str, Prepare] = {}
 
@@ -201,7 +219,12 @@ class _Contest:
         for name, series in times.items():
             p50, p90, p99 = (1e3 * percentile(series, share) for share in (0.5, 0.9, 0.99))
             rate = 1e3 * cell.work.tokens / p50
-            yield Result(name, cell, p50, p90, p99, rate, len(series), errors[name])
+            result = Result(name, cell, p50, p90, p99, rate, len(series), errors[name])
+            if name == OURS[-1] and cell.work.kind == "decode":
+                read_bandwidth.cache_clear()
+                size, bandwidth = reading(self.optimized, cell.threads)
+                result = replace(result, weight_bytes=size, bandwidth=bandwidth)
+            yield result
 
     def _open(self, runtime: Runtime, dtype: str) -> Prepare:
         if runtime.name not in self.opened:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._files import replacing
 from .bench_model import OURS, ModelBench, Result
 
-_MEGABYTE = 2**20
-
 
 def bench_lines(bench: ModelBench) -> list[list[str]]:
-    """Return header and lines: milliseconds (p50) per cell and runtime, and our lead.
+    """Return header and lines: milliseconds (p50) per cell and runtime, our lead, and more of ours.
 
     The lead is the time of the fastest dense runtime over the optimised model's.
     """
     runtimes = list(dict.fromkeys(r.runtime for r in bench.results if r.p50 is not None))
-    lines = [["weights", "work", "threads", *runtimes, "× fastest dense", "tokens/s"]]
+    more = ["× fastest dense", "tokens/s", "of bandwidth"]
+    lines = [["weights", "work", "threads", *runtimes, *more]]
     for cell, results in bench.cells().items():
         times = [milliseconds(results.get(name)) for name in runtimes]
         ours = results.get(OURS[-1])
         rate = ours.tokens_per_second if ours else None
+        share = ours.share_of_bandwidth if ours else None
         ratio = lead(results.values())
         lines.append(
             [
@@ -32,6 +32,7 @@ def bench_lines(bench: ModelBench) -> list[list[str]]:
                 *times,
                 "" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]})",
                 "" if rate is None else f"{rate:.0f}",
+                "" if share is None else f"{100 * share:.0f} %",
             ]
         )
     return lines
@@ -68,7 +69,7 @@ def memory_lines(bench: ModelBench) -> list[list[str]]:
     lines = [["model", "weights", "resident", "peak, loading included"]]
     for memory in bench.memory:
         sizes = (memory.weights, memory.resident, memory.peak)
-        lines.append([memory.model, *(f"{size / _MEGABYTE:.0f} MB" for size in sizes)])
+        lines.append([memory.model, *(f"{size / 1e6:.0f} MB" for size in sizes)])
     return lines
 
 
@@ -82,14 +83,21 @@ def bench_tables(bench: ModelBench) -> list[Any]:
 
 def bench_markdown(bench: ModelBench) -> str:
     """Return times, what is missing and why, and memory as Markdown."""
-    about = bench.machine
     text = f"**{bench.model}**: {100 * bench.removed:.1f} % of its parameters removed; milliseconds"
-    text += f" (p50), {about['cpu']}, torch {about['torch']}\n\n{_markdown(bench_lines(bench))}"
+    text += f" (p50), {machine_text(bench.machine)}\n\n{_markdown(bench_lines(bench))}"
     if absent := reasons(bench):
         text += "\nNot timed: " + "; ".join(absent) + ".\n"
     if bench.memory:
         text += "\n" + _markdown(memory_lines(bench))
     return text
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Return `timing.machine`'s facts that decide about times, in one line."""
+    return (
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, commit {machine['commit']}"
+    )
 
 
 def plot_bench(path: str | os.PathLike[str], bench: ModelBench) -> None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..ops import _cpu
+from ..serving import PackedLinear
+from .module_clock import LINEARS
 
 
 @functools.cache
@@ -44,6 +48,27 @@ def read_bandwidth(megabytes: int, threads: int) -> float:
     buffers = [torch.ones(megabytes * 2**20, dtype=torch.uint8) for _ in range(threads)]
     repeats = max(1, 256 // megabytes)
     return _total(threads, lambda i: max(_cpu.probe_read(buffers[i]) for _ in range(repeats)))
+
+
+def weight_bytes(layer: Any) -> int:
+    """Return the bytes of a Linear's kept weight in the form that it is read."""
+    if isinstance(layer, PackedLinear):
+        layout = _cpu.describe(layer.packed)
+        return int(layout.n_rows * layout.n_columns * layout.dtype.itemsize)
+    return int(layer.weight.numel() * layer.weight.element_size())
+
+
+def reading(model: nn.Module, threads: int) -> tuple[int, float]:
+    """Return the bytes of all of a model's Linears, and bytes a second as they would be read.
+
+    The buffers are of the model's size, up to 256 MiB: a model that fits a cache is read from it.
+
+    Raises:
+        ValueError: there is no native module.
+    """
+    size = sum(weight_bytes(layer) for layer in model.modules() if isinstance(layer, LINEARS))
+    megabytes = max(1, min(256, size // threads // 2**20))
+    return size, read_bandwidth(megabytes, threads)
 
 
 def _total(threads: int, measure: Callable[[int], float]) -> float:

@@ -17,7 +17,7 @@ from ..nn import PrunedLinear
 from ..ops import _cpu, _cpu_blocks
 from ..serving import PackedLinear
 from ..serving.fused import FusedBlock
-from .ceilings import peak_flops, read_bandwidth
+from .ceilings import peak_flops, reading, weight_bytes
 from .module_clock import LINEARS, ModuleClock
 from .timing import interleave, machine, threads_set_to
 from .why import EXPLAINED, FLOORS, REASONS, losses, why_not_faster
@@ -232,14 +232,12 @@ def _parts(
 
 
 def _ceilings(model: nn.Module, threads: int, clock: Clock) -> dict[str, float]:
-    """Measure what the floors come from; weights that fit a cache are read from it."""
+    """Measure what the floors come from."""
     kinds = [m for m in model.modules() if isinstance(m, LINEARS)]
-    size = sum(_weight_bytes(layer) for layer in kinds)
-    megabytes = max(1, min(256, size // threads // 2**20))
     dtype = next(model.parameters()).dtype
     return {
         "flops": peak_flops(dtype, threads),
-        "bytes": read_bandwidth(megabytes, threads),
+        "bytes": reading(model, threads)[1],
         "call": _call_seconds(kinds[0] if kinds else nn.Linear(1, 1), dtype, clock),
     }
 
@@ -274,7 +272,7 @@ def _layers(
 
     def floors(inner: Sequence[str], m: int, call: float) -> dict[str, float]:
         kept = sum(n * k for _, _, n, k in shapes(inner))
-        size = sum(_weight_bytes(model.get_submodule(n)) for n in inner)
+        size = sum(weight_bytes(model.get_submodule(n)) for n in inner)
         return {
             "overhead": call,
             "bandwidth": size / ceilings["bytes"],
@@ -333,13 +331,6 @@ def _shape(layer: Any, dense: Any) -> tuple[int, int, int, int]:
         return rows, columns, layout.n_rows, layout.n_columns
     n, k = layer.weight.shape
     return rows, columns, n, k
-
-
-def _weight_bytes(layer: Any) -> int:
-    if isinstance(layer, PackedLinear):
-        layout = _cpu.describe(layer.packed)
-        return int(layout.n_rows * layout.n_columns * layout.dtype.itemsize)
-    return int(layer.weight.numel() * layer.weight.element_size())
 
 
 def _alone(layer: Any, m: int, clock: Clock) -> float:

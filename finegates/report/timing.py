@@ -7,10 +7,13 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,10 +244,35 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": commit(),
     }
+
+
+def commit(package: Path = Path(__file__).parents[1]) -> str:
+    """Return the commit that a package's files are of, or the installed version outside of git.
+
+    " and changes" is added where the package or the kernels' sources differ from the commit.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    try:
+        # An environment may lie in a repository that knows nothing of what is installed in it.
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode == 0:
+            changed = git("diff", "--quiet", "HEAD", "--", ".", "../csrc").returncode
+            return git("rev-parse", "HEAD").stdout.strip() + " and changes" * bool(changed)
+    except OSError:  # there is no git
+        pass
+    try:
+        return version("finegates")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def cpu_name() -> str:
