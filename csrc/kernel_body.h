@@ -15,9 +15,13 @@ constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
 // How far ahead of its use a weight is asked for, bytes: about 900 cycles, less where several
 // panels stream at once and the bandwidth is the limit.
 constexpr int ahead_of(int rows, int panels) {
-  if (panels > 1) return panels > 2 || rows <= 2 ? 4096 : 8192;
-  return rows <= 9 ? 16384 : 8192;
+  return panels > 1 ? 4096 : rows <= 9 ? 16384 : 8192;
 }
+// Whether a tile asks for every line of its weights, into L1. Where few rows meet several panels a
+// request costs as much as the load, so these ask for one line in eight, into L2: the hardware's
+// prefetcher fetches what is between.
+template <Kind K, int NP>
+constexpr bool kEveryLine = NP == 1 || K == Kind::kI8 || K == Kind::kI8Dot;
 
 struct TileArgs {
   const uint8_t* a;
@@ -54,8 +58,10 @@ FG_INLINE F widen_i8(F w, int part) {
 }
 
 // `ahead` may leave the buffer, so it is no pointer arithmetic.
+template <int kLocality>
 FG_INLINE void prefetch(const uint8_t* at, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + ahead));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(at) + ahead;
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kLocality);
 }
 
 template <Kind K, int MR, int NP, int NV>
@@ -67,7 +73,9 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (j % NV * (Vec::kLanes * 4) % 64 == 0) prefetch(at, NP > 1 ? ahead : ahead_of(MR, NP));
+    if (kEveryLine<K, NP> && j % NV * (Vec::kLanes * 4) % 64 == 0) {
+      prefetch<3>(at, NP > 1 ? ahead : ahead_of(MR, NP));
+    }
   }
   if constexpr (K == Kind::kWide) {
     F odd[kN];
@@ -134,6 +142,10 @@ void tile(const TileArgs& t) {
   int64_t left = t.units - rest;
   for (;;) {
     for (; left >= 4; left -= 4) {
+      if constexpr (!kEveryLine<K, NP>) {
+#pragma GCC unroll 4
+        for (int p = 0; p < NP; ++p) prefetch<2>(w + p * t.panel_bytes, ahead);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
