@@ -45,8 +45,9 @@ void check(const DecoderArgs& args) {
        {args.count, args.hidden, a.batch, a.queries, a.heads, a.groups, a.capacity}) {
     if (size < 1 || size > kMaxSize) fail("a size of the decoder is outside [1, 2^24]");
   }
-  if (a.head_dim < 2 || a.head_dim > kMaxHead || a.head_dim % 2 != 0) {
-    fail("head_dim must be even and at most 256, got " + std::to_string(a.head_dim));
+  if (a.head_dim < 2 || a.head_dim > kMaxHeadSize || a.head_dim % 2 != 0) {
+    fail("head_dim must be even and at most " + std::to_string(kMaxHeadSize) + ", got " +
+         std::to_string(a.head_dim));
   }
   if (a.heads % a.groups != 0) {
     fail("the number of key heads must divide the number of query heads, got " +
@@ -60,7 +61,8 @@ void check(const DecoderArgs& args) {
   const int64_t widest = std::max(kMaxInner, a.heads * a.head_dim);
   int64_t bytes;
   if (__builtin_mul_overflow(a.batch * a.queries, widest * 64, &bytes) ||
-      __builtin_mul_overflow(a.batch * a.groups, (a.capacity + kPanel) * kMaxHead * 16, &bytes)) {
+      __builtin_mul_overflow(a.batch * a.groups, (a.capacity + kPanel) * kMaxHeadSize * 16,
+                             &bytes)) {
     fail("x or the cache has too many rows");
   }
   check_pointers(args);

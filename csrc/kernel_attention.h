@@ -3,7 +3,6 @@
 // A query's result is one chain of operations that depends on its own visible keys alone: keys come
 // in blocks that start at the batch entry's first visible one; after each block the running maximum
 // m and sum l of the softmax move on and earlier results shrink by e^(m_old - m_new).
-// (Milakov & Gimelshein 2018, arXiv 1805.02867.)
 #include "kernel_panels.h"
 #include "kernels.h"
 #include "scalar_chunks.h"
@@ -136,58 +135,34 @@ struct Rows {
   int64_t count;
   float* q;       // [count, kKeyBlock]: rows of a K block, of the operand's type
   float* scores;  // [count, kKeyBlock], then the probabilities
-  float* y;       // [count, kMaxHead]
+  float* y;       // [count, kMaxHeadSize]
   float *most, *sum;
 
   Rows(int64_t rows, uint8_t* scratch) : count(rows) {
     q = reinterpret_cast<float*>(scratch);
     scores = q + rows * kKeyBlock;
     y = scores + rows * kKeyBlock;
-    most = y + rows * kMaxHead;
+    most = y + rows * kMaxHeadSize;
     sum = most + rows;
-    for (int64_t i = 0; i < rows * kMaxHead; ++i) y[i] = 0.0f;
-    for (int64_t i = 0; i < rows; ++i) most[i] = -__builtin_inff(), sum[i] = 0.0f;
+    for (int64_t i = 0; i < rows * kMaxHeadSize; ++i) y[i] = 0.0f;
+    for (int64_t i = 0; i < rows; ++i) most[i] = kMasked, sum[i] = 0.0f;
   }
 };
 
 // Turns one row's scores of `keys` keys into probabilities up to a factor, zeros up to `padded`,
 // and lets what the row has so far shrink to the same factor.
-void soften(Rows& rows, int64_t r, int64_t keys, int64_t padded, const uint8_t* mask, float scale,
-            int64_t head_dim) {
-  float* s = rows.scores + r * kKeyBlock;
-  const float lowest = -__builtin_inff();
-  const int64_t whole = (keys + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-  for (int64_t i = keys; i < padded; ++i) s[i] = lowest;
-  if (mask != nullptr) {
-    for (int64_t i = 0; i < keys; ++i) s[i] = mask[i] != 0 ? s[i] : lowest;
-  }
-  F most = Vec::set(rows.most[r]);
-  for (int64_t i = 0; i < whole; i += Vec::kLanes) most = Vec::max(Vec::load(s + i), most);
-  float lanes[Vec::kLanes];
-  Vec::store(lanes, most);
-  float highest = lanes[0];
-  for (int i = 1; i < Vec::kLanes; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
-  if (highest == lowest) {  // hidden keys become zeros, a NaN stays one
-    for (int64_t i = 0; i < padded; ++i) s[i] = s[i] == lowest ? 0.0f : s[i];
-    return;
-  }
-  const F by = Vec::set(scale), shift = Vec::set(-highest * scale);
-  // exp() stops at e^-87, so that hidden keys are set to zero by hand.
-  Vec::store(lanes, exp(Vec::fma(Vec::set(rows.most[r]), by, shift)));
-  const float factor = lanes[0];
-  for (int64_t i = 0; i < whole; i += Vec::kLanes) {
-    Vec::store(s + i, exp(Vec::fma(Vec::load(s + i), by, shift)));
-  }
+void soften_row(Rows& rows, int64_t r, int64_t keys, int64_t padded, const uint8_t* kept,
+                float scale, int64_t head_dim) {
+  float* const s = rows.scores + r * kKeyBlock;
   for (int64_t i = keys; i < padded; ++i) s[i] = 0.0f;
-  if (mask != nullptr) {
-    for (int64_t i = 0; i < keys; ++i) s[i] = mask[i] != 0 ? s[i] : 0.0f;
+  alignas(kAlign) float mask[kKeyBlock];
+  for (int64_t i = 0; i < keys; ++i) {
+    mask[i] = kept == nullptr || kept[i] != 0 ? 0.0f : -__builtin_inff();
   }
-  F sum = Vec::zero();
-  for (int64_t i = 0; i < whole; i += Vec::kLanes) sum = Vec::add(sum, Vec::load(s + i));
-  rows.sum[r] = rows.sum[r] * factor + Vec::sum(sum);
-  rows.most[r] = highest;
-  float* const y = rows.y + r * kMaxHead;
-  for (int64_t i = 0; i < head_dim; ++i) y[i] *= factor;
+  end_mask(mask, keys);
+  const float shrink = soften(s, mask, keys, scale, rows.most + r, rows.sum + r);
+  float* const y = rows.y + r * kMaxHeadSize;
+  for (int64_t i = 0; i < head_dim; ++i) y[i] *= shrink;
 }
 
 // Scores and results from the cache as it is, for few rows: each key is read once for up to four.
@@ -220,11 +195,11 @@ struct FromCache {
   template <int R, int N>
   void add(const Rows& rows, int64_t r, int64_t key, int64_t keys, int64_t column) const {
     const float* p = rows.scores + r * kKeyBlock;
-    float* y = rows.y + r * kMaxHead + column;
+    float* y = rows.y + r * kMaxHeadSize + column;
     const T* v = cached<T>(t, t.values, batch, group, key) + column;
     F acc[R][N];
     for (int j = 0; j < R; ++j) {
-      for (int n = 0; n < N; ++n) acc[j][n] = Vec::load(y + j * kMaxHead + n * Vec::kLanes);
+      for (int n = 0; n < N; ++n) acc[j][n] = Vec::load(y + j * kMaxHeadSize + n * Vec::kLanes);
     }
     for (int64_t i = 0; i < keys; ++i, v += t.head_dim) {
       F value[N];
@@ -235,7 +210,7 @@ struct FromCache {
       }
     }
     for (int j = 0; j < R; ++j) {
-      for (int n = 0; n < N; ++n) Vec::store(y + j * kMaxHead + n * Vec::kLanes, acc[j][n]);
+      for (int n = 0; n < N; ++n) Vec::store(y + j * kMaxHeadSize + n * Vec::kLanes, acc[j][n]);
     }
   }
   template <int R>
@@ -304,8 +279,8 @@ struct FromPanels {
     for (int64_t column = 0; column < t.head_dim; column += kPanel) {
       tiles(rows, seen, [&](int64_t r, int64_t many, int64_t keys) {
         multiply_panels<kKind>(rows.scores + r * kKeyBlock, many, panels.value_panel(column, key),
-                               units_of<T>(keys), kPanel, rows.y + r * kMaxHead + column, kMaxHead,
-                               true);
+                               units_of<T>(keys), kPanel, rows.y + r * kMaxHeadSize + column,
+                               kMaxHeadSize, true);
       });
     }
   }
@@ -337,7 +312,7 @@ void attend(const Attention& t, int64_t batch, int64_t group, int64_t first_quer
     const int64_t padded = (seen[rows.count - 1] + kPanel - 1) / kPanel * kPanel;
     for (int64_t r = 0; r < rows.count; ++r) {
       const uint8_t* mask = mask_of(t, batch, first_query + r / repeats);
-      soften(rows, r, seen[r], padded, mask ? mask + key : nullptr, t.scale, t.head_dim);
+      soften_row(rows, r, seen[r], padded, mask ? mask + key : nullptr, t.scale, t.head_dim);
     }
     engine.add(rows, key, seen);
   }
@@ -345,7 +320,7 @@ void attend(const Attention& t, int64_t batch, int64_t group, int64_t first_quer
     const int64_t row = batch * t.queries + first_query + r / repeats;
     T* y = reinterpret_cast<T*>(t.y) + (row * t.heads + group * repeats + r % repeats) * t.head_dim;
     const float factor = rows.sum[r] > 0.0f ? 1.0f / rows.sum[r] : 0.0f;
-    for (int64_t c = 0; c < t.head_dim; ++c) narrow(rows.y[r * kMaxHead + c] * factor, y + c);
+    for (int64_t c = 0; c < t.head_dim; ++c) narrow(rows.y[r * kMaxHeadSize + c] * factor, y + c);
   }
 }
 

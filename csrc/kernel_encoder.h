@@ -9,19 +9,6 @@
 namespace finegates {
 namespace {
 
-constexpr float kMasked = -3.4028235e38f;  // fp32's lowest
-
-template <class Step>
-FG_INLINE float reduce(F lanes, const Step& step) {
-  float value[Vec::kLanes];
-  Vec::store(value, lanes);
-  for (int i = 1; i < Vec::kLanes; ++i) value[0] = step(value[0], value[i]);
-  return value[0];
-}
-FG_INLINE float sum_of(F lanes) {
-  return reduce(lanes, [](float a, float b) { return a + b; });
-}
-
 // x = (x - mean) / sqrt(variance + eps) * weight + bias for each row, in place. `scratch` holds
 // norm_floats(features).
 template <class T>
@@ -39,7 +26,7 @@ void layer_norm(const LayerNorm& norm, int64_t first_row, int64_t rows, float* s
     for (int64_t i = 0; i < padded; i += 2 * Vec::kLanes) {
       for (int v = 0; v < 2; ++v) sum[v] = Vec::add(sum[v], Vec::load(row + i + v * Vec::kLanes));
     }
-    const F mean = Vec::set(sum_of(Vec::add(sum[0], sum[1])) / static_cast<float>(n));
+    const F mean = Vec::set(Vec::sum(Vec::add(sum[0], sum[1])) / static_cast<float>(n));
     F square[2] = {Vec::zero(), Vec::zero()};
     for (int64_t i = 0; i < padded; i += Vec::kLanes) {
       Vec::store(row + i, Vec::sub(Vec::load(row + i), mean));
@@ -51,7 +38,7 @@ void layer_norm(const LayerNorm& norm, int64_t first_row, int64_t rows, float* s
         square[v] = Vec::fma(d, d, square[v]);
       }
     }
-    const float variance = sum_of(Vec::add(square[0], square[1])) / static_cast<float>(n);
+    const float variance = Vec::sum(Vec::add(square[0], square[1])) / static_cast<float>(n);
     const F scale = Vec::set(1.0f / __builtin_sqrtf(variance + norm.eps));
     for (int64_t i = 0; i < padded; i += Vec::kLanes) {
       const F scaled = Vec::mul(Vec::load(row + i), scale);
@@ -84,39 +71,6 @@ void read_mask_row(const SelfAttention& a, int64_t sequence, int64_t head, int64
     case Mask::kAddBf16:
       read_row(out, reinterpret_cast<const uint16_t*>(mask), a.length);
   }
-}
-
-// What fills the last register's lanes beyond the keys counts for nothing, even where every key is
-// masked.
-void end_mask(float* mask, int64_t keys) {
-  for (int64_t i = keys; i < round_up(keys, kPanel); ++i) mask[i] = -__builtin_inff();
-}
-
-// p = exp(scale p + mask - max) over one block of keys, exactly 0 below e^-87 of the largest.
-// `most` and `total` run over the blocks; returns by how much what came before has to shrink.
-float soften_scores(float* p, const float* mask, int64_t keys, float scale, float* most,
-                    float* total) {
-  const int64_t end = round_up(keys, Vec::kLanes);
-  F largest = Vec::set(*most);
-  for (int64_t i = 0; i < end; i += Vec::kLanes) {
-    const F x = Vec::fma(Vec::load(p + i), Vec::set(scale), Vec::load(mask + i));
-    Vec::store(p + i, x);
-    largest = Vec::max(largest, x);
-  }
-  const float before = *most;
-  *most = reduce(largest, [](float a, float b) { return a > b ? a : b; });
-  const F shift = Vec::set(*most), floor = exp(Vec::set(-87.0f));
-  F sum = Vec::zero();
-  for (int64_t i = 0; i < end; i += Vec::kLanes) {
-    // Not max(e, 0): a NaN has to stay one.
-    const F e = Vec::max(Vec::zero(), Vec::sub(exp(Vec::sub(Vec::load(p + i), shift)), floor));
-    Vec::store(p + i, e);
-    sum = Vec::add(sum, e);
-  }
-  float factor[Vec::kLanes];
-  Vec::store(factor, exp(Vec::sub(Vec::set(before), shift)));
-  *total = __builtin_fmaf(*total, factor[0], sum_of(sum));
-  return factor[0];
 }
 
 template <class T>
@@ -164,8 +118,7 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
                          false);
       for (int64_t r = 0; r < rows; ++r) {
         const float* const row_mask = mask + (one_mask ? 0 : r * at.mask_stride) + first;
-        const float shrink =
-            soften_scores(p + r * kPRow, row_mask, count, a.scale, most + r, total + r);
+        const float shrink = soften(p + r * kPRow, row_mask, count, a.scale, most + r, total + r);
         if constexpr (kPairs<T>) {  // never ahead of what it reads
           write_row(reinterpret_cast<uint16_t*>(p + r * kPRow), p + r * kPRow, count + count % 2);
         }

@@ -1,5 +1,6 @@
-// Rows in and out of fp32, and both products of attention on the tiles of the matrix product: keys
-// and values are packed as weights. Part of kernel_body.h, under its rules.
+// What both attentions share: rows in and out of fp32, both products on the tiles of the matrix
+// product, with keys and values packed as weights, and the softmax between them. Part of
+// kernel_body.h, under its rules.
 #pragma once
 
 #include "kernels.h"
@@ -132,6 +133,48 @@ void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units
     const int64_t left = outputs - p < kPanel ? outputs - p : kPanel;
     run_tile(shape, args, 1, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes));
   }
+}
+
+constexpr float kMasked = -3.4028235e38f;  // fp32's lowest
+
+// What fills the last register's lanes beyond the keys counts for nothing, even where every key is
+// masked.
+void end_mask(float* mask, int64_t keys) {
+  for (int64_t i = keys; i < round_up(keys, kPanel); ++i) mask[i] = -__builtin_inff();
+}
+
+FG_INLINE float largest_of(F lanes) {
+  float value[Vec::kLanes];
+  Vec::store(value, lanes);
+  for (int i = 1; i < Vec::kLanes; ++i) value[0] = value[i] > value[0] ? value[i] : value[0];
+  return value[0];
+}
+
+// p = exp(scale p + mask - max) over one block of keys, exactly 0 below e^-87 of the largest.
+// `most`, from kMasked, and `total` run over the blocks; returns by how much what came before has
+// to shrink. (Milakov & Gimelshein 2018, arXiv 1805.02867.)
+float soften(float* p, const float* mask, int64_t keys, float scale, float* most, float* total) {
+  const int64_t end = round_up(keys, Vec::kLanes);
+  F largest = Vec::set(*most);
+  for (int64_t i = 0; i < end; i += Vec::kLanes) {
+    const F x = Vec::fma(Vec::load(p + i), Vec::set(scale), Vec::load(mask + i));
+    Vec::store(p + i, x);
+    largest = Vec::max(x, largest);
+  }
+  const float before = *most;
+  *most = largest_of(largest);
+  const F shift = Vec::set(*most), floor = exp(Vec::set(-87.0f));
+  F sum = Vec::zero();
+  for (int64_t i = 0; i < end; i += Vec::kLanes) {
+    // Not max(e, 0): a NaN has to stay one.
+    const F e = Vec::max(Vec::zero(), Vec::sub(exp(Vec::sub(Vec::load(p + i), shift)), floor));
+    Vec::store(p + i, e);
+    sum = Vec::add(sum, e);
+  }
+  float factor[Vec::kLanes];
+  Vec::store(factor, exp(Vec::sub(Vec::set(before), shift)));
+  *total = __builtin_fmaf(*total, factor[0], Vec::sum(sum));
+  return factor[0];
 }
 
 }  // namespace

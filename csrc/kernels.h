@@ -128,11 +128,10 @@ struct Attention {
 
 // Keys whose scores wait together: one K block of fp32.
 constexpr int64_t kKeyBlock = kUnits;
-constexpr int64_t kMaxHead = 256;
 
 // Of one attend(): queries, scores, results and two statistics of each row.
 static constexpr int64_t attention_scratch_bytes(int64_t rows) {
-  return rows * (2 * kKeyBlock + kMaxHead + 2 * kChunk) * static_cast<int64_t>(sizeof(float));
+  return rows * (2 * kKeyBlock + kMaxHeadSize + 2 * kChunk) * static_cast<int64_t>(sizeof(float));
 }
 
 struct Kernels {

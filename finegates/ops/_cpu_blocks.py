@@ -20,8 +20,7 @@ from .reference_blocks import LINEARS
 
 _C: Any = _native._C
 
-MOST_HEAD = 256  # features of a head of the decoder, as in csrc/kernels.h
-MOST_ENCODER_HEAD = 384  # the same of the encoder layer
+MOST_HEAD = 384  # features of a head, as in csrc/kernels.h
 STAGES = 7  # of a decoder's layer, see csrc/decoder.h
 MASK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.bool: 3}
 

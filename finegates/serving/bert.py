@@ -62,7 +62,7 @@ class FusedEncoderLayer(FusedBlock):
             if not isinstance(layer, PackedLinear) or layer.activation != "none":
                 return "one of its Linears isn't packed"
         width = attention.self.num_attention_heads * attention.self.attention_head_size
-        if not 0 < attention.self.attention_head_size <= _cpu_blocks.MOST_ENCODER_HEAD:
+        if not 0 < attention.self.attention_head_size <= _cpu_blocks.MOST_HEAD:
             return f"heads of {attention.self.attention_head_size} features"
         if any(layer.out_features != width for layer in _linears(block)[:3]):
             return f"its query, key or value doesn't have {width} features"
