@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finegates import FusedGatedLinear, _env, _native
+from finegates.diagnosis import diagnosis
 from finegates.ops import (
+    _triton,
     dispatch,
     gated_linear,
     gated_matmul,
@@ -157,6 +161,53 @@ def test_triton_refuses_tensors_of_the_cpu(op: str) -> None:
         run(backend="triton")
     assert "\n" not in str(error.value)
     run()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, int]]]]:
+    """Name and compute capability of each GPU there seems to be; tensors on them are fake."""
+    pytest.importorskip("triton")
+    there: list[tuple[str, tuple[int, int]]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(there))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: there[device.index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: there[device.index][1])
+    for answer in (_triton.status, _triton.too_old):
+        answer.cache_clear()
+    with FakeTensorMode():
+        yield there
+    for answer in (_triton.status, _triton.too_old):
+        answer.cache_clear()
+
+
+T4, H100 = ("Tesla T4", (7, 5)), ("H100", (9, 0))
+TOO_OLD = "Tesla T4 has compute capability 7.5, the kernels need 8.0"
+
+
+def test_a_gpu_that_is_too_old_is_named_and_left_to_torch(
+    gpus: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus.append(T4)
+    states = {reason for _, name, reason in table() if name.startswith("triton")}
+    assert states == {TOO_OLD}
+    caplog.set_level(logging.INFO, logger="finegates")
+    monkeypatch.setenv("FINEGATES_LOG", "1")
+    operands = (torch.empty(2, 4, device="cuda:0"), torch.empty(3, 4, device="cuda:0"))
+    chosen = choose("gated_linear", "auto", *operands, None, None, None)
+    assert chosen.backend == "torch"
+    assert caplog.messages == [f"gated_linear: not triton, {TOO_OLD}", "gated_linear: torch"]
+    with pytest.raises(ValueError, match=f"can't run gated_linear: {TOO_OLD}"):
+        choose("gated_linear", "triton", *operands, None, None, None)
+    assert TOO_OLD in diagnosis()
+
+
+def test_beside_a_newer_gpu_only_the_old_one_is_refused(gpus: list[Any]) -> None:
+    gpus[:] = [T4, H100]
+    assert {reason for _, name, reason in table() if name.startswith("triton")} == {None}
+    for index, backend in enumerate(("torch", "triton")):
+        device = torch.device("cuda", index)
+        operands = (torch.empty(2, 4, device=device), torch.empty(3, 4, device=device))
+        assert choose("gated_linear", "auto", *operands, None, None, None).backend == backend
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:

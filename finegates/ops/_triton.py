@@ -28,8 +28,12 @@ def status() -> str | None:
     """Return why Triton kernels can't run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not INTERPRETED and not torch.cuda.is_available():
-        return "no GPU, and TRITON_INTERPRET=1 is not set"
+    if not INTERPRETED:
+        if not torch.cuda.is_available():
+            return "no GPU, and TRITON_INTERPRET=1 is not set"
+        refused = [too_old(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+        if all(refused):
+            return refused[0]
     try:
         kernels()
     except Exception as error:  # a broken installation is a reason, not a crash
@@ -70,8 +74,9 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
     reason = status()
     if reason is not None:
         return reason
-    if x.is_cuda and torch.version.hip is None and capability(x.device) < 8:
-        return "the kernels need compute capability 8.0 or later"
+    reason = too_old(x.device) if x.is_cuda else None
+    if reason is not None:
+        return reason
     launch = kernels().launch
     if x.dtype not in launch.DTYPES:
         return f"no kernel for {x.dtype}"
@@ -91,9 +96,18 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 @functools.cache
-def capability(device: torch.device) -> int:
-    """Return the major compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)[0]
+def too_old(device: torch.device) -> str | None:
+    """Return that a GPU is none that the kernels are compiled for, or None.
+
+    Below compute capability 8.0 there is no bf16 arithmetic and no asynchronous copy.
+    """
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {major}.{minor}, the kernels need 8.0"
 
 
 def alignment(device: torch.device) -> int:
