@@ -21,7 +21,7 @@ from finegates.ops.gated_call import GatedCall
 from finegates.surgery.shrink import held_of
 
 LEAVES = ("x", "w", "b", "row_logits", "column_logits")
-FAR = 20.0  # a logit that no noise brings back
+CERTAIN = 20.0  # a logit whose sign no noise changes
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def ordered(layer: Layer, closed: float) -> Layer:
     sides = [_open_and_closed(size, round(size * (1.0 - closed)), layer) for size in layer.w.shape]
     order = [torch.cat(side).int() for side in sides]
     row, column = (
-        logits.detach().index_fill(0, shut, -FAR).requires_grad_()
+        logits.detach().index_fill(0, shut, -CERTAIN).requires_grad_()
         for logits, (_, shut) in zip((layer.row_logits, layer.column_logits), sides, strict=True)
     )
     return replace(

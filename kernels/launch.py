@@ -194,4 +194,9 @@ def gemm_options(tile: Tile) -> dict[str, Any]:
 
 def cdiv(a: int, b: int) -> int:
     """Return ⌈a / b⌉, at least 1: an empty tensor still launches one masked program."""
-    return max(-(-a // b), 1)
+    return max(round_up(a, b) // b, 1)
+
+
+def round_up(a: int, b: int) -> int:
+    """Return the least multiple of b that is not below a."""
+    return -(-a // b) * b

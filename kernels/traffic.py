@@ -10,7 +10,7 @@ counts every kernel against its model, and every way's launches against `LAUNCHE
 from typing import NamedTuple
 
 from .gate import CHUNK
-from .launch import ALIGN, STREAM, SUMS, Tile, cdiv
+from .launch import ALIGN, STREAM, SUMS, Tile, cdiv, round_up
 
 
 class Flow(NamedTuple):
@@ -264,15 +264,15 @@ def ordered_weight(
     """
     issued = 0
     for tile in (forward, backward):
-        rows = min(-(-left[0] // tile.n) * tile.n, n)
-        columns = min(-(-left[1] // tile.k) * tile.k, k)
+        rows = min(round_up(left[0], tile.n), n)
+        columns = min(round_up(left[1], tile.k), k)
         issued += cdiv(m, tile.m) * rows * columns * size
     return issued
 
 
 def filled(living: int, size: int) -> int:
     """Return how many of a side's features a compact step computes with, see `surgery.shrink`."""
-    count = -(-living // ALIGN) * ALIGN
+    count = round_up(living, ALIGN)
     return count if count <= size else living
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from finegates import use_backend
 from finegates.ops import INTERPRETED
+from launches import Launches
 
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
@@ -33,29 +34,33 @@ def _triton() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _every_launched_form_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look for each launch in the table of what is compiled without a GPU."""
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Note each launch, and look for its form in the table of what is compiled without a GPU."""
+    from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime.interpreter import GridExecutor
 
     from finegates.kernels.compile import VARIANTS
 
+    noted, run = Launches(), GridExecutor.__call__
     compiled: dict[Any, list[dict[str, Any]]] = {}
     for variant in VARIANTS:
         compiled.setdefault(variant.kernel.fn, []).append(variant.constants)
-    run = GridExecutor.__call__
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        noted.add(self.fn.__name__.removeprefix("_").removesuffix("_kernel"), given)
         if self.fn in compiled:
-            given = dict(zip(self.arg_names, args, strict=False)) | kwargs
             form = {n: given[n] for n in self.constexprs if not n.startswith("BLOCK")}
             form |= {n: t is not None for n, t in given.items() if n.endswith("_ptr")}
             key = (self.fn, *form.items())
             if key not in _covered:
                 assert any(covers(constants, form) for constants in compiled[self.fn]), key
                 _covered.add(key)
-        return run(self, *args, **kwargs)
+        with _disable_current_modes():  # what the interpreter itself does with tensors
+            return run(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", checked)
+    return noted
 
 
 def covers(constants: dict[str, Any], form: dict[str, Any]) -> bool:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from triton.runtime import interpreter
 
 from finegates import FusedGatedLinear, GateConfig, GateMap, gate_, use_backend
 from finegates.gates import Gate
@@ -30,6 +29,7 @@ from finegates.ops import (
 from finegates.surgery import GateController
 from finegates.surgery.shrink import shrink_
 from gated_case import make
+from launches import Launches
 from numerics import assert_no_worse
 from tiny_models import build, inputs, scatter_gates_
 
@@ -361,7 +361,7 @@ def test_controller_refreshes_the_order(distribution: str) -> None:
     [("bert", {"hidden_size": 48}), ("llama", {"hidden_size": 64, "head_dim": 16})],
 )
 def test_what_is_left_of_a_model_is_aligned(
-    model_type: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    model_type: str, sizes: dict[str, int], launches: Launches
 ) -> None:
     """Kept counts are filled up to multiples of 16, and nothing but the rounding changes."""
     model = build(model_type, layers=1, intermediate_size=80, **sizes)
@@ -380,20 +380,14 @@ def test_what_is_left_of_a_model_is_aligned(
     shrink_(gates)
     removed = [held for _, held in gates.kept.values() if held.features is not None]
     assert any(held.living is not None for held in removed)
-    launched: Counter[str] = Counter()
-    run = interpreter.GridExecutor.__call__
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self.arg_names, args, strict=False))
-        if {"N", "K"} <= set(given):
-            launched[self.fn.__name__] += 1
-            assert given["N"] % 16 == given["K"] % 16 == 0, self.fn.__name__
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    launches.kernels.clear()
     ours = gradients()
-    assert launched["_gated_matmul_fwd_kernel"] == len(gates.layers)
-    assert launched["_gated_matmul_bwd_x_kernel"] == len(gates.layers)
+    products = [(name, given) for name, given in launches.kernels if {"N", "K"} <= set(given)]
+    for name, given in products:
+        assert given["N"] % 16 == given["K"] % 16 == 0, name
+    launched = Counter(name for name, _ in products)
+    assert launched["gated_matmul_fwd"] == len(gates.layers)
+    assert launched["gated_matmul_bwd_x"] == len(gates.layers)
     assert ours.keys() == masked.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, masked[name], rtol=1e-3, atol=1e-5, msg=name)

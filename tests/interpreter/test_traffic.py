@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
 from finegates import FusedGatedLinear, GateConfig
@@ -27,6 +26,7 @@ from finegates.kernels.operands import Gates, Weight
 from finegates.ops import _triton_gated, dispatch
 from finegates.surgery.shrink import held_of
 from gated_case import FROZEN, PRETRAINING, make
+from launches import Launches
 
 ROOT = Path(__file__).parents[2]
 SHAPES = runpy.run_path(str(ROOT / "bench" / "shapes.py"))
@@ -37,7 +37,6 @@ class Recorder:
 
     def __init__(self) -> None:
         self.accesses: list[tuple[str, np.ndarray, int]] = []
-        self.launched: list[str] = []
 
     def note(self, kind: str, ptrs: Any, mask: Any) -> None:
         width = np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty())).itemsize
@@ -92,7 +91,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     record = Recorder()
     builder = type(interpreter.interpreter_builder)
     load, store = builder.create_masked_load, builder.create_masked_store
-    run = interpreter.GridExecutor.__call__
 
     def recorded_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
         record.note("load", ptrs, mask)
@@ -102,14 +100,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         record.note("store", ptrs, mask)
         return store(self, ptrs, value, mask, *rest)
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        name = self.fn.__name__
-        record.launched.append(name.removeprefix("_").removesuffix("_kernel"))
-        return run(self, *args, **kwargs)
-
     monkeypatch.setattr(builder, "create_masked_load", recorded_load)
     monkeypatch.setattr(builder, "create_masked_store", recorded_store)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     return record
 
 
@@ -332,13 +324,13 @@ MODELS: dict[str, Callable[[Operands], Counted]] = {
 @pytest.mark.parametrize("shape", [(64, 128, 192), (33, 70, 600), (1, 65, 64)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_are_those_of_the_model(
-    name: str, shape: Any, dtype: torch.dtype, recorder: Recorder
+    name: str, shape: Any, dtype: torch.dtype, recorder: Recorder, launches: Launches
 ) -> None:
     """Every load and store of one launch, by argument; nothing lies outside the arguments."""
     given = Operands(*shape, dtype)
     kernel, model, tensors = MODELS[name](given)
     assert recorder.by_tensor(tensors) == model
-    assert recorder.launched == [kernel]
+    assert [launched for launched, _ in launches.kernels] == [kernel]
 
 
 def test_every_kernel_has_a_model() -> None:
@@ -435,48 +427,26 @@ def test_gates_add_a_fraction_of_what_naive_gates_add(layer: str, m: int) -> Non
     assert 0 < extra < 0.4 * traffic.naive_extra(m, n, k, size)
 
 
-class Launches(TorchDispatchMode):
-    """Names in order what a GPU would launch: torch's calls but views and allocations, and ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func.overloadpacket)
-        # The suite's fixture fills what is allocated; nobody else calls fill_.
-        quiet = ("empty", "fill_", "detach", "finegates.")
-        if not func.is_view and not any(word in name for word in quiet):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Watch the inside of our ops too, but not the interpreter's own work on tensors."""
-    mode, choose, run = Launches(), dispatch.choose, interpreter.GridExecutor.__call__
+def step_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Watch the inside of our ops too."""
+    choose = dispatch.choose
 
     def watched(*args: Any) -> dispatch.Implementation:
         entry = choose(*args)
 
         def inside(*operands: Any) -> Any:
-            with mode:
+            with launches:
                 return entry.run(*operands)
 
         return dataclasses.replace(entry, run=inside)
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mode.names.append(self.fn.__name__.removeprefix("_").removesuffix("_kernel"))
-        with _disable_current_modes():
-            return run(self, *args, **kwargs)
-
     monkeypatch.setattr(dispatch, "choose", watched)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
-    return mode
+    return launches
 
 
 @pytest.mark.parametrize("way", traffic.LAUNCHES)
-def test_launches_of_a_step(way: str, launches: Launches) -> None:
+def test_launches_of_a_step(way: str, step_launches: Launches) -> None:
     """Ours and torch's, by name and in order, forward and backward."""
     ranking = way.startswith(("compact", "gradient"))
     config = GateConfig(
@@ -494,19 +464,17 @@ def test_launches_of_a_step(way: str, launches: Launches) -> None:
     if way.startswith("compact"):
         layer.shrink_(*(held_of(g.value() > 0, 16) for g in (layer.row_gate, layer.column_gate)))
         layer(torch.randn(65, 150))  # the maps are looked at once
-        launches.names.clear()
     x, dy = torch.randn(65, 150, requires_grad=True), torch.randn(65, 170)
-    chosen = (
-        ("a test wants it folded", None) if "folded" in way else (None, "a test wants it fused")
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton_gated, "_fold_wins", lambda *_: chosen)
-        with launches:
-            y = layer(x)
-            forward = launches.names.copy()
-            launches.names.clear()
-            y.backward(dy)
-    assert (tuple(forward), tuple(launches.names)) == traffic.LAUNCHES[way]
+    names = step_launches.names
+    names.clear()
+    with gpu_layers.chosen("fold" if "folded" in way else "fused"), step_launches:
+        y = layer(x)
+        forward = len(names)
+        y.backward(dy)
+    assert tuple(
+        tuple(name for name in part if not name.startswith("finegates."))
+        for part in (names[:forward], names[forward:])
+    ) == traffic.LAUNCHES[way]  # fmt: skip
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
@@ -519,7 +487,7 @@ def test_naive_gates_launch_more_than_thirty(distribution: str) -> None:
 
 
 TALL = 512
-FAR = 2**23
+ROW_STRIDE = 2**23
 # Per kernel: which operands are there, and which of their strides is the long one.
 LONG_STRIDES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
     "fwd": (
@@ -547,7 +515,7 @@ LONG_STRIDES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], dict[str, A
     ),
     "bwd_gates": (
         bwd._gated_matmul_bwd_gates_kernel, ("dr", "row_out"), (),
-        {"N_out": FAR, "row_units": 8, "row_tiles": TALL, "row_span": 8, "row_width": 8,
+        {"N_out": ROW_STRIDE, "row_units": 8, "row_tiles": TALL, "row_span": 8, "row_width": 8,
          "DISTRIBUTION": "value", "NOISE": False, "CLOSED_GRAD": True, "CLOSED_ROW_GRAD": True,
          "DIVIDE_ROW": False, "DIVIDE_COLUMN": False, "BLOCK": 64, "BLOCK_T": 32},
     ),
@@ -585,10 +553,10 @@ def test_offsets_are_64_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"GATHERED": False, "PRECISION": "ieee", **sizes, **blocks}
     given |= {f"{operand}_ptr": memory for operand in operands}
     given["columns_ptr"] = memory.view(torch.int32) if "columns" in operands else None
-    given |= {f"stride_{side}": FAR for side in long} | constants
+    given |= {f"stride_{side}": ROW_STRIDE for side in long} | constants
     names = inspect.signature(kernel.fn).parameters
     arguments = {n: given.get(n, None if n.endswith("_ptr") else 1) for n in names}
     programs = {"norm_gather": (TALL,), "bwd_w": (1,), "bwd_gates": (1,)}.get(name, (TALL // 32, 2))
     kernel[programs if name.startswith("fold") else programs[:1]](**arguments)
     assert lowest[0] == memory.data_ptr()
-    assert highest[0] - memory.data_ptr() == 4 * ((TALL - 1) * FAR + 7)
+    assert highest[0] - memory.data_ptr() == 4 * ((TALL - 1) * ROW_STRIDE + 7)
