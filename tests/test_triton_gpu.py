@@ -1,4 +1,9 @@
-"""The Triton backend on a GPU: what the interpreter can't show; ``make gpu-bench`` runs it."""
+"""The Triton backend on a GPU: what the interpreter can't show; ``make gpu-bench`` runs it.
+
+Without a GPU and with ``TRITON_INTERPRET=1`` the same lines run dry on a CPU, at tiny sizes and
+without bf16, which the interpreter truncates. What a dry run can't do: capture a CUDA graph (the
+step is run again instead), see a wait of the host, compile with inductor, and compute-sanitizer.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gpu_layers
 import pytest
 import torch
+from torch import Tensor
 
-from finegates import FusedGatedLinear, GateConfig
+from finegates import FusedGatedLinear, GateConfig, use_backend
 from finegates.ops import (
+    INTERPRETED,
     gated_matmul,
     norm_gather,
     open_mass,
@@ -23,14 +33,36 @@ from finegates.ops import (
 from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, check, make
 from numerics import assert_no_worse
 
+GPU = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(
+        not (GPU or INTERPRETED), reason="no GPU, and TRITON_INTERPRET=1 is not set"
+    ),
 ]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DTYPE_IDS = ["fp32", "fp16", "bf16"]
+
+
+def full(size: Any, tiny: Any) -> Any:
+    """Return what a test takes on a GPU, or in a dry run."""
+    return size if GPU else tiny
+
+
+DEVICE = full("cuda", "cpu")
+HALF = full(torch.bfloat16, torch.float16)
+DTYPES = full([torch.float32, torch.float16, torch.bfloat16], [torch.float32, torch.float16])
+DTYPE_IDS = ["fp32", "fp16", "bf16"][: len(DTYPES)]
 DISTRIBUTIONS = ["gaussian", "hard_concrete", "ranking"]
-SHAPES = [(65, 129, 200), (1, 768, 768), (33, 768, 3072), (1000, 2048, 2048), (4096, 768, 768)]
+SHAPES = full(
+    [(65, 129, 200), (1, 768, 768), (33, 768, 3072), (1000, 2048, 2048), (4096, 768, 768)],
+    [(65, 49, 70)],
+)
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> Iterator[None]:
+    """Fall back to nothing: what is tested is Triton's."""
+    with use_backend("triton"):
+        yield
 
 
 @pytest.mark.parametrize("mask", [FROZEN, PRETRAINING], ids=["frozen", "pretraining"])
@@ -41,14 +73,15 @@ SHAPES = [(65, 129, 200), (1, 768, 768), (33, 768, 3072), (1000, 2048, 2048), (4
 def test_forward_and_gradients(
     shape: Any, dtype: torch.dtype, distribution: str, how: Any, mask: list[bool]
 ) -> None:
-    check(make(*shape, dtype=dtype, distribution=distribution).to("cuda"), how, mask)
+    check(make(*shape, dtype=dtype, distribution=distribution).to(DEVICE), how, mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("m", [5, 129, 2048])
+@pytest.mark.parametrize("m", full([5, 129, 2048], [5, 65]))
 def test_compact_weight_and_closed_gradients(m: int, dtype: torch.dtype) -> None:
-    case = make(m, 640, 770, dtype, "ranking")
-    check(make(m, 640, 770, dtype, "ranking", closed_grad=True).to("cuda"), FUSED, FROZEN)
+    shape = (m, *full((640, 770), (32, 35)))
+    case = make(*shape, dtype, "ranking")
+    check(make(*shape, dtype, "ranking", closed_grad=True).to(DEVICE), FUSED, FROZEN)
     assert case.row_logits is not None
     assert case.column_logits is not None
     assert case.b is not None
@@ -56,19 +89,19 @@ def test_compact_weight_and_closed_gradients(m: int, dtype: torch.dtype) -> None
     case.columns = (case.column_logits > 0).nonzero().squeeze(1).int()
     case.w = case.w[case.rows.long()][:, case.columns.long()].contiguous()
     case.b = case.b[case.rows.long()]
-    check(case.to("cuda"), FUSED, FROZEN)
-    check(case.to("cuda"), FUSED, PRETRAINING)
+    check(case.to(DEVICE), FUSED, FROZEN)
+    check(case.to(DEVICE), FUSED, PRETRAINING)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("m", [1, 32, 500])
+@pytest.mark.parametrize("m", full([1, 32, 500], [1, 66]))
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_pruned_linear(activation: str, m: int, dtype: torch.dtype) -> None:
-    n_out, k_in = 1536, 768
-    rows = torch.randperm(n_out)[:1111].sort().values.int().cuda()
-    columns = torch.randperm(k_in)[:601].sort().values.int().cuda()
-    x, w = torch.randn(m, k_in).to("cuda", dtype), (torch.randn(1111, 601) / 25).to("cuda", dtype)
-    b, residual = torch.randn(1111).to("cuda", dtype), torch.randn(m, n_out).to("cuda", dtype)
+    n_out, k_in, n, k = full((1536, 768, 1111, 601), (48, 40, 31, 25))
+    rows = torch.randperm(n_out)[:n].sort().values.int().to(DEVICE)
+    columns = torch.randperm(k_in)[:k].sort().values.int().to(DEVICE)
+    x, w = torch.randn(m, k_in).to(DEVICE, dtype), (torch.randn(n, k) / k**0.5).to(DEVICE, dtype)
+    b, residual = torch.randn(n).to(DEVICE, dtype), torch.randn(m, n_out).to(DEVICE, dtype)
     args = (x, w, b, rows, columns, n_out)
     y = pruned_linear(*args, activation=activation, residual=residual, backend="triton")
     wide = (x.double(), w.double(), b.double(), rows, columns, n_out)
@@ -79,13 +112,14 @@ def test_pruned_linear(activation: str, m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 def test_norm_gather_and_open_mass(norm: str, dtype: torch.dtype) -> None:
-    x = torch.randn(7, 2048).to("cuda", dtype)
-    columns = torch.randperm(2048)[:1501].sort().values.int().cuda()
+    k, kept = full((2048, 1501), (64, 41))
+    x = torch.randn(7, k).to(DEVICE, dtype)
+    columns = torch.randperm(k)[:kept].sort().values.int().to(DEVICE)
     y = norm_gather(x, columns, norm=norm, backend="triton")
     plain = reference.norm_gather(x, columns, None, None, 1e-6, norm)
     exact = reference.norm_gather(x.double(), columns, None, None, 1e-6, norm)
     assert_no_worse(y, plain, exact)
-    logits, offsets = torch.randn(5000).cuda(), torch.tensor([0, 10, 3000, 5000]).cuda()
+    logits, offsets = torch.randn(5000).to(DEVICE), torch.tensor([0, 10, 3000, 5000]).to(DEVICE)
     mass = open_mass(logits, offsets, "gaussian", 0.5, 0.5, backend="triton")
     expected = reference.open_mass(logits, offsets, "gaussian", 0.5, 0.5)
     torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-4)
@@ -94,7 +128,7 @@ def test_norm_gather_and_open_mass(norm: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_bitwise_run_to_run(distribution: str, dtype: torch.dtype) -> None:
-    case = make(4096, 3072, 768, dtype, distribution).to("cuda")
+    case = make(*full((4096, 3072, 768), (33, 48, 32)), dtype, distribution).to(DEVICE)
     for forward, backward in (FUSED, FOLD):
         y, r, c = forward(case.call())
         args = (case.call(), torch.randn_like(y), y, r, c, PRETRAINING)
@@ -104,59 +138,85 @@ def test_bitwise_run_to_run(distribution: str, dtype: torch.dtype) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+TOKENS, IN, OUT = full((256, 768, 3072), (65, 32, 48))
+
+
 def layer_of(distribution: str) -> FusedGatedLinear:
     config = GateConfig(distribution=distribution)
-    layer = FusedGatedLinear(768, 3072, device="cuda", dtype=torch.bfloat16, config=config)
+    layer = FusedGatedLinear(IN, OUT, device=DEVICE, dtype=HALF, config=config)
     layer.weight.requires_grad_(False)
     return layer
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Let a wait of the host raise; a dry run has none to see."""
+    if not GPU:
+        yield
+        return
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    """Return the outputs of a CUDA graph of ``run``, and its replay, which fills them anew."""
+    if not GPU:
+        outputs = run()
+
+        def replay() -> None:
+            for old, new in zip(outputs, run(), strict=True):
+                old.copy_(new)
+
+        return outputs, replay
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return outputs, graph.replay
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_step_waits_for_nothing(distribution: str) -> None:
     layer = layer_of(distribution)
-    x = torch.randn(256, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(TOKENS, IN, device=DEVICE, dtype=HALF, requires_grad=True)
     layer(x).float().square().mean().backward()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with no_waiting():
         layer(x).float().square().mean().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("how", ["fused", "fold"])
 @pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
-def test_a_captured_step_is_the_eager_one(
-    distribution: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_captured_step_is_the_eager_one(distribution: str, how: str) -> None:
     """Forward and backward in one CUDA graph: replays follow the seed, to the bit."""
-    case = make(256, 3072, 768, torch.bfloat16, distribution).to("cuda")
+    case = make(TOKENS, OUT, IN, HALF, distribution).to(DEVICE)
     leaves = [t.requires_grad_() for t in (case.x, case.b, case.row_logits, case.column_logits)]
-    dy = torch.randn(256, 3072, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(TOKENS, OUT, device=DEVICE, dtype=HALF)
     assert case.seed is not None
     first = case.seed.clone()
 
-    def step() -> list[torch.Tensor]:
+    def step() -> list[Tensor]:
         y = gated_matmul(
             case.x, case.w, case.b, case.row_logits, case.column_logits, case.seed,
             distribution, case.config.constants, backend="triton",
         )  # fmt: skip
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    seen = []
-    for seed in (first, first + 1):
-        case.seed.copy_(seed)
-        graph.replay()
-        seen.append([t.clone() for t in captured])
-        assert all(torch.equal(a, b) for a, b in zip(seen[-1], step(), strict=True))
+    with gpu_layers.chosen(how):
+        outputs, replay = captured(step)
+        seen = []
+        for seed in (first, first + 1):
+            case.seed.copy_(seed)
+            replay()
+            seen.append([t.clone() for t in outputs])
+            assert all(torch.equal(a, b) for a, b in zip(seen[-1], step(), strict=True))
     assert all((a != b).any() for a, b in zip(*seen, strict=True))
 
 
@@ -164,29 +224,25 @@ def test_a_captured_layer_draws_new_gates_at_every_replay() -> None:
     layer = layer_of("gaussian")
     with torch.no_grad():
         layer.row_gate.logits.zero_()  # type: ignore[union-attr]
-    x = torch.randn(256, 768, device="cuda", dtype=torch.bfloat16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        layer(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-    graph.replay()
-    first = y.clone()
-    graph.replay()
+    x = torch.randn(TOKENS, IN, device=DEVICE, dtype=HALF)
+    with torch.no_grad():
+        (y,), replay = captured(lambda: [layer(x)])
+        replay()
+        first = y.clone()
+        replay()
     assert (first != y).any()
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_compiles_whole_with_inductor(distribution: str) -> None:
     layer = layer_of(distribution).eval()
-    x = torch.randn(256, 768, device="cuda", dtype=torch.bfloat16)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+    x = torch.randn(TOKENS, IN, device=DEVICE, dtype=HALF)
+    compiled = torch.compile(layer, fullgraph=True, backend=full("inductor", "aot_eager"))
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.skipif(not GPU, reason="compute-sanitizer watches a GPU")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_is_clean(tool: str, request: pytest.FixtureRequest) -> None:
     """Every kernel, each tensor in an allocation of its own, so that none hides in a neighbour."""

@@ -1,4 +1,7 @@
-"""Run ``tests/interpreter`` in a process of its own, with Triton's interpreter switched on."""
+"""Run ``tests/interpreter``, and the GPU's tests dry, with Triton's interpreter switched on.
+
+Each file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "interpreter").glob("test_*.py"))
+TESTS = Path(__file__).parent
+FILES = [*sorted((TESTS / "interpreter").glob("test_*.py")), TESTS / "test_triton_gpu.py"]
 
 
 @pytest.mark.slow
