@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 from pathlib import Path
 
@@ -64,6 +65,10 @@ def test_a_side_that_has_too_few_dead_units_is_not_filled() -> None:
     assert [filled(10, size) for size in (12, 16, 100)] == [10, 16, 16]
 
 
+# Backward, and with a trained weight.
+PASSES = ((False, False), (True, False), (True, True))
+
+
 def test_every_family_has_rates() -> None:
     assert set(RATES) == set(FAMILIES) - {"interpreter"}
 
@@ -79,6 +84,26 @@ def test_folding_wins_where_products_are_small_and_tokens_many(
         many = estimate(16384, 768, 768, 2, family, backward, trains_weight)
         assert few[0] < few[1]
         assert many[0] > many[1]
+
+
+@pytest.mark.parametrize("family", RATES)
+@pytest.mark.parametrize(("size", "few"), [(2, 128), (4, 15)])
+def test_few_tokens_are_never_folded(size: int, few: int, family: str) -> None:
+    """It needs no guard of its own: a launch more and w once more cost more than they can save."""
+    sizes = (16, 64, 768, 3072, 16384)
+    for m, n, k, ways in itertools.product((1, 8, few), sizes, sizes, PASSES):
+        fused, folded = estimate(m, n, k, size, family, *ways)
+        assert fused <= folded, (m, n, k)
+
+
+@pytest.mark.parametrize("family", RATES)
+def test_few_rows_of_w_are_never_folded_in_16_bit(family: str) -> None:
+    """Their roundings would not average out in the gradients of column gates."""
+    for m, n, k, ways in itertools.product(
+        (256, 4096, 65536), (1, 2, 16, 32), (16, 64, 768, 3072, 16384), PASSES
+    ):
+        fused, folded = estimate(m, n, k, 2, family, *ways)
+        assert fused <= folded, (m, n, k)
 
 
 def test_a_backward_costs_more_than_a_forward_and_training_the_weight_a_gemm_more() -> None:

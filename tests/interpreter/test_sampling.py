@@ -14,12 +14,9 @@ from scipy import stats
 from torch import Tensor
 
 from finegates import FusedGatedLinear, GateConfig
-from finegates.kernels.fold import fold_fwd
 from finegates.kernels.gate import gate_tile
-from finegates.kernels.gated_matmul import gated_matmul_fwd
-from finegates.kernels.operands import Gates, Weight
 from finegates.ops import _triton_gated, reference
-from gated_case import make
+from gated_case import FOLD, FUSED, PRETRAINING, make
 
 DRAWS = 1_000_000
 # A seed is fixed, so that a test either always passes or never: 1e-3 is an honest level.
@@ -146,30 +143,28 @@ def test_row_and_column_gates_of_a_layer_differ_and_every_step_draws_anew() -> N
     assert torch.equal(layer(x), third)
 
 
-def test_every_kernel_draws_the_same() -> None:
-    """The GEMM's two sides and the fold agree bit for bit, whatever the tile."""
+@pytest.mark.parametrize("forward", [FUSED, FOLD], ids=["fused", "fold"])
+@pytest.mark.parametrize("distribution", LOGITS)
+def test_every_kernel_uses_the_gates_that_were_drawn(distribution: str, forward: Any) -> None:
+    """Both forwards draw the same bits, a recomputation too, and every backward multiplies by them.
+
+    With one token, w = 1, x = 1 and dy one-hot the gradients are r c: dx of the row, dw of it.
+    """
     n, k = 130, 600
-    shift, scale, beta = GateConfig(distribution="gaussian").constants
-    gates = Gates(
-        row="gaussian",
-        column="gaussian",
-        row_logits=torch.randn(n),
-        column_logits=torch.randn(k),
-        seed=torch.tensor([5, 6]),
-        row_layout=(n, n),
-        column_layout=(k, k),
-        shift=shift,
-        scale=scale,
-        beta=beta,
-    )
-    w = torch.randn(n, k)
-    vectors = []
-    for run in (
-        lambda gates: fold_fwd(w, None, gates),
-        lambda gates: gated_matmul_fwd(torch.ones(3, k), Weight(w), gates),
-    ):
-        r, c = torch.full((n,), float("nan")), torch.full((k,), float("nan"))
-        run(gates._replace(r=r, c=c))
-        vectors.append((r, c))
-    for a, b in zip(*vectors, strict=True):
-        assert torch.equal(a, b)
+    case = make(1, n, k, distribution=distribution, bias=False)
+    case.x, case.w = torch.ones(1, k), torch.ones(n, k)
+    _, r, c = forward[0](case.call())
+    for run, _ in (FUSED, FOLD):
+        _, again_r, again_c = run(case.call())
+        assert torch.equal(r, again_r)
+        assert torch.equal(c, again_c)
+    assert r.std() > 0.05
+    assert c.std() > 0.05
+    at = int(r.argmax())
+    dy = torch.zeros(1, n).index_fill(1, torch.tensor(at), 1.0)
+    y = forward[0](case.call())[0]
+    for _, backward in (FUSED, FOLD):
+        dx, dw, *_ = backward(case.call(), dy, y, r, c, PRETRAINING)
+        assert torch.equal(dx[0], r[at] * c)
+        assert torch.equal(dw[at], r[at] * c)
+        assert not dw[torch.arange(n) != at].any()
