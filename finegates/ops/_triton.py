@@ -67,8 +67,11 @@ def kernels() -> Any:
     )
 
 
-def refusal(x: Tensor, *others: Tensor | None) -> str | None:
-    """Return why tensors like x can't go to a kernel, or None; the CPU is answered first."""
+def refusal(x: Tensor, *others: Tensor | None, out_features: int = 0) -> str | None:
+    """Return why tensors like x can't go to a kernel, or None; the CPU is answered first.
+
+    ``out_features`` are those of the result where no operand has them.
+    """
     if not x.is_cuda and not INTERPRETED:
         return f"x is on {x.device.type}, the kernels run on a GPU"
     reason = status()
@@ -87,7 +90,8 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
             continue
         if tensor.device != x.device:
             return f"operands are on {x.device} and {tensor.device}"
-        if max(math.prod(tensor.shape[:-1]), tensor.shape[-1]) > launch.MAX_SIZE:
+        sizes = (math.prod(tensor.shape[:-1]), tensor.shape[-1], out_features)
+        if max(sizes) > launch.MAX_SIZE:
             return f"a size is above {launch.MAX_SIZE}"
         # An index of the last dimension and its stride are multiplied in 32 bits.
         if tensor.shape[-1] * tensor.stride(-1) > launch.MAX_SIZE:
@@ -167,7 +171,9 @@ def precision(x: Tensor) -> str:
 
 def pruned_why_not(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> str | None:
     """Return why `pruned_linear` can't run on Triton, or None."""
-    return refusal(x, w, b, *rest[:2]) or same_dtype(x, w, b, rest[4])
+    rows, columns, out_features, _, residual = rest
+    reason = refusal(x, w, b, rows, columns, out_features=out_features)
+    return reason or same_dtype(x, w, b, residual)
 
 
 @on_its_device

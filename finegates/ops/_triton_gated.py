@@ -73,7 +73,8 @@ def fold_why_not(call: GatedCall, dy: Tensor | None = None, *rest: Any) -> str |
 
 def _call_why_not(call: GatedCall, dy: Tensor | None) -> str | None:
     x, w, b = call.x, call.w, call.b
-    return refusal(x, dy, w, b) or same_dtype(x, dy, w, b)
+    reason = refusal(x, dy, w, b, out_features=call.out_features)
+    return reason or same_dtype(x, dy, w, b)
 
 
 def _trains_weight(rest: tuple[Any, ...]) -> bool:

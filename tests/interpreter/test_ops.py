@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finegates import FusedGatedLinear, GateConfig, GateMap, gate_, use_backend
 from finegates.gates import Gate
+from finegates.kernels import launch
 from finegates.ops import (
     _triton,
     _triton_gated,
@@ -583,12 +584,38 @@ def test_sizes_beyond_int32_are_refused_before_launch() -> None:
     reason = _triton_gated.why_not(x, torch.zeros(4, 3), None, None, None)
     assert reason is not None
     assert "a size is above" in reason
-    columns_apart = torch.empty(3, 2**30, device="meta").t()
-    reason = _triton_gated.why_not(
-        columns_apart, torch.empty(4, 3, device="meta"), None, None, None
-    )
-    assert reason is not None
-    assert "the last dimension spans more than" in reason
+
+
+@pytest.mark.parametrize("operand", ["x", "w", "dy", "norm_gather's x", "pruned_linear's w"])
+def test_columns_that_span_more_than_32_bits_are_refused(operand: str) -> None:
+    """The index of a column and its stride are multiplied in 32 bits: strides of no memory."""
+    apart = torch.empty(1, device="meta").as_strided((4, 3), (1, 2**30))
+    fits = torch.empty(1, device="meta").as_strided((4, 3), (1, launch.MAX_SIZE // 3))
+    near = torch.empty(4, 3, device="meta")
+    index = torch.empty(2, dtype=torch.int32, device="meta")
+
+    def reason(t: Tensor) -> str | None:
+        if operand == "norm_gather's x":
+            return _triton.norm_gather_why_not(t, index, None, None)
+        if operand == "pruned_linear's w":
+            return _triton.pruned_why_not(near, t, None, None, None, 4, "none", None)
+        x, w, dy = (t if operand == name else near for name in ("x", "w", "dy"))
+        return _triton_gated.backward_why_not(dy, x, w, None)
+
+    refused = reason(apart)
+    assert refused is not None
+    assert "the last dimension spans more than" in refused
+    assert reason(fits) is None
+
+
+def test_more_outputs_than_int32_counts_are_refused() -> None:
+    """A compact weight of few rows may scatter to any number of features."""
+    x, w = torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta")
+    rows = torch.empty(4, dtype=torch.int32, device="meta")
+    reason = _triton.pruned_why_not(x, w, None, rows, None, 2**31, "none", None)
+    assert reason == f"a size is above {launch.MAX_SIZE}"
+    call = make(1, 1, 1).call()._replace(x=x, w=w, b=None, rows=rows, out_features=2**31)
+    assert _triton_gated.fused_why_not(call) == reason
 
 
 def test_choice_between_fused_and_fold_says_why() -> None:
