@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import math
+import platform
 import time
 
 import matplotlib as mpl
@@ -19,7 +20,17 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from finegates import GateConfig, PrunedLinear, gate_, prune_
 from finegates import report as reporting
-from finegates.report import Kept, Report, Row, Timing, kept, latency, model_removal, removal
+from finegates.report import (
+    Kept,
+    Report,
+    Row,
+    Timing,
+    cpu_name,
+    kept,
+    latency,
+    model_removal,
+    removal,
+)
 from finegates.surgery import GateMap, Removal
 
 
@@ -248,6 +259,15 @@ def test_table_fits_80_columns_and_shows_everything():
     ):
         assert line in lines
     assert lines.count("speed-up 1.00× 9.37×") == 4
+
+
+def test_a_processor_is_told_from_another_of_its_name(tmp_path):
+    processor = "cpu family\t: {}\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+    (tmp_path / "two").write_text(processor.format(26) + processor.format(25))
+    (tmp_path / "arm").write_text("processor\t: 0\nmodel name\t: Some ARM\n")
+    assert cpu_name(tmp_path / "two") == "AMD EPYC (family 26, model 2)"
+    assert cpu_name(tmp_path / "arm") == "Some ARM"
+    assert cpu_name(tmp_path / "none") == (platform.processor() or platform.machine())
 
 
 def test_markdown_has_a_cell_per_model_and_drops_empty_lines():

@@ -275,13 +275,20 @@ def commit(package: Path = Path(__file__).parents[1]) -> str:
         return "unknown"
 
 
-def cpu_name() -> str:
-    """Return the processor's name as the system tells it."""
+def cpu_name(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
+    """Return the processor's name as the system tells it, with family and model where it has them.
+
+    A virtual machine often says "AMD EPYC" alone, of Zen 4 (family 25) and of Zen 5 (family 26),
+    whose vector units do twice as much in a cycle.
+    """
+    facts: dict[str, str] = {}
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        for line in Path(cpuinfo).read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine() or "unknown"
+    name = facts.get("model name") or platform.processor() or platform.machine() or "unknown"
+    if "cpu family" in facts and "model" in facts:
+        return f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    return name
