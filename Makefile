@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-models gpu-bench wheel sanitize clean
+.PHONY: demo test lint bench bench-models profiles gpu-bench wheel sanitize clean
 
 demo: $(VENV)/.installed  ## learn gates on a real model, remove 40 %, save, reload, time
 	$(BIN)/finegates finetune
@@ -31,6 +31,16 @@ bench-models: $(VENV)/.installed  ## whole models, 40, 20 and 0 % removed, again
 	    --json $$to.json --markdown $$to.md --png $$to.png || exit 1; done; done
 	$(BIN)/python bench/models.py $(foreach s,$(SHAPES),$(foreach r,0.4 0.2 0,$(MODELS)/$s-$r.json)) \
 	  --png $(MODELS)/all.png > $(MODELS)/all.md
+
+PROFILES := build/profiles
+PROFILE_ENCODER := --sequence 128
+PROFILE_DECODER := --dtype bf16 --work decode --sequence 128
+profiles: $(VENV)/.installed  ## where the time of whole models goes: encoders prefill, Llamas decode
+	mkdir -p $(PROFILES)
+	for shape in $(SHAPES); do \
+	  case $$shape in smollm2|llama-1b) how='$(PROFILE_DECODER)';; *) how='$(PROFILE_ENCODER)';; esac; \
+	  $(BIN)/finegates profile --shape $$shape --optimize $$how --json $(PROFILES)/$$shape.json \
+	    --markdown $(PROFILES)/$$shape.md --png $(PROFILES)/$$shape.png || exit 1; done
 
 # With the caller's Python: the pins above are CPU builds of torch. docs/kernels.md says what it
 # needs. Everything runs, whatever failed before; what failed is named last.

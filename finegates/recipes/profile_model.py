@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..report.bench_model import DTYPES
 from ..report.profile import profile_model
-from ..report.profile_table import loss_text, plot_profile, profile_tables
+from ..report.profile_table import loss_text, plot_profile, profile_markdown, profile_tables
 from ..report.work import Work
 from ..serving import optimize_for_cpu
 from . import which_model
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--optimize", action="store_true", help="after optimize_for_cpu")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each of two measurements")
     parser.add_argument("--json", type=Path, help="write everything")
+    parser.add_argument("--markdown", type=Path, help="write the tables")
     parser.add_argument("--png", type=Path, help="write a figure")
     given = parser.parse_args(arguments)
     if given.threads < 1:
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(loss_text(profile), highlight=False)
     if given.json:
         given.json.write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if given.markdown:
+        given.markdown.write_text(profile_markdown(profile), encoding="utf-8")
     if given.png:
         plot_profile(given.png, profile)
 

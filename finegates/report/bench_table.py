@@ -84,12 +84,18 @@ def bench_tables(bench: ModelBench) -> list[Any]:
 def bench_markdown(bench: ModelBench) -> str:
     """Return times, what is missing and why, and memory as Markdown."""
     text = f"**{bench.model}**: {100 * bench.removed:.1f} % of its parameters removed; milliseconds"
-    text += f" (p50), {machine_text(bench.machine)}\n\n{_markdown(bench_lines(bench))}"
+    text += f" (p50), {machine_text(bench.machine)}\n\n{markdown_table(bench_lines(bench))}"
     if absent := reasons(bench):
         text += "\nNot timed: " + "; ".join(absent) + ".\n"
     if bench.memory:
-        text += "\n" + _markdown(memory_lines(bench))
+        text += "\n" + markdown_table(memory_lines(bench))
     return text
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return header and lines as Markdown."""
+    rule = ["---"] * len(lines[0])
+    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
@@ -142,8 +148,3 @@ def _rich(lines: Sequence[Sequence[str]], title: str) -> Any:
     for line in lines[1:]:
         drawn.add_row(*line)
     return drawn
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(lines[0])
-    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))

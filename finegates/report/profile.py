@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -30,7 +31,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One Linear, the Linears of one stage of a fused stack, or a fused block with all of its.
+    """One Linear, or the Linears of one stage of a fused stack.
 
     Args:
         name: of the module.
@@ -39,8 +40,9 @@ class LayerProfile:
         seconds, dense_seconds: in the pruned model and in the dense twin, both in place.
         floors: seconds by name, see `finegates.report.why`.
         aligned: time with aligned counts over this one, where that was measured.
-        linears: seconds of a block's Linears alone.
         reason: why it isn't faster.
+        estimated: whether the seconds are those of the block's own forward over the same packed
+            Linears, because its native call doesn't time its parts.
     """
 
     name: str
@@ -50,8 +52,8 @@ class LayerProfile:
     dense_seconds: float
     floors: Mapping[str, float]
     aligned: float | None
-    linears: float | None
     reason: str
+    estimated: bool = False
 
     @property
     def kept(self) -> float:
@@ -83,7 +85,7 @@ class ModelProfile:
         seconds, dense_seconds: of a call, without any hook.
         parts, dense_parts: seconds by part, with the hooks' cost taken off; ``rest`` is what no
             timed module took: activations, residual sums, Python.
-        layers: every Linear, or fused block.
+        layers: the Linears.
         ceilings: ``flops``, ``bytes`` a second and ``call`` seconds that the floors come from.
     """
 
@@ -147,6 +149,7 @@ def profile_model(
         ours = ModuleClock(model, [""], clock)
         blocks = [n for n, part in ours.parts.items() if part == "block"]
         theirs = ModuleClock(dense, ["", *blocks], clock)
+        apart = _apart(model)
         native: list[Tensor] = []
 
         def hooked() -> None:
@@ -155,10 +158,15 @@ def profile_model(
             native.extend(found)
 
         every = {**calls, "dense, hooks": lambda: theirs.run(calls["dense"]), "hooks": hooked}
-        times = interleave(every, 2 * seconds, max_rounds=60, clock=clock)
+        if apart is not None:
+            parts_of_it, call = ModuleClock(apart, clock=clock), serve(apart, work)
+            every["apart"] = lambda: parts_of_it.run(call)
+        times = interleave(every, len(every) * seconds / 2, max_rounds=60, clock=clock)
         whole = {name: statistics.median(times[name]) for name in calls}
-        stages = _stages(model, ours, native)
         ceilings = _ceilings(model, threads, clock)
+        stages = _stages(model, ours, native)
+        if apart is not None:
+            stages += _estimated_stages(model, ours, parts_of_it, ceilings, clock)
         layers = _layers(model, dense, ours, theirs, stages, ceilings, clock)
     return ModelProfile(
         name or type(model).__name__,
@@ -167,8 +175,8 @@ def profile_model(
         threads,
         whole["model"],
         whole["dense"],
-        _parts(ours, layers, stages),
-        _parts(theirs, (), ()),
+        _parts(ours, stages),
+        _parts(theirs, ()),
         layers,
         ceilings,
     )
@@ -176,12 +184,13 @@ def profile_model(
 
 @dataclass(frozen=True)
 class _Stage:
-    """Seconds of one stage of a fused stack's native call, and the Linears it runs."""
+    """Seconds of one stage of a fused block's native call, and the Linears it runs."""
 
     block: str
     part: str
     linears: tuple[str, ...]
     seconds: float
+    estimated: bool = False
 
 
 def _stages(model: nn.Module, ours: ModuleClock, calls: Sequence[Tensor]) -> list[_Stage]:
@@ -206,26 +215,73 @@ def _stages(model: nn.Module, ours: ModuleClock, calls: Sequence[Tensor]) -> lis
     ]
 
 
-def _parts(
-    clock: ModuleClock, layers: Sequence[LayerProfile], stages: Sequence[_Stage]
-) -> dict[str, float]:
-    """Sum up the modules by part; a fused block's time beyond its Linears is its attention's.
+def _apart(model: nn.Module) -> nn.Module | None:
+    """Return a copy whose blocks that don't time themselves take their own forward, if any."""
 
-    A block that took its own forward isn't among the layers: its Linears are. A stack that timed
-    its stages says itself what is whose.
+    def chosen(module: nn.Module) -> bool:
+        return isinstance(module, FusedBlock) and not module.stages()
+
+    if not any(map(chosen, model.modules())):
+        return None
+    copied = copy.deepcopy(model)
+    for module in filter(chosen, copied.modules()):
+        module.release()
+    return copied
+
+
+def _estimated_stages(
+    model: nn.Module,
+    ours: ModuleClock,
+    apart: ModuleClock,
+    ceilings: Mapping[str, float],
+    clock: Clock,
+) -> list[_Stage]:
+    """Return what a block's time goes into, for blocks whose native call doesn't tell.
+
+    Linears and norms take what they take in the block's own forward, Linears a call's overhead less
+    but no less than their largest other floor; Python is what the block takes for no rows;
+    attention is what remains. Where the others are more than the block they shrink to it.
     """
+
+    def linear(name: str) -> float:
+        floors = _floors([model.get_submodule(name)], apart.rows[name], 0.0, ceilings)
+        return max(*floors.values(), apart_seconds[name] - ceilings["call"])
+
+    seconds, apart_seconds, found = ours.inclusive(), apart.inclusive(), []
+    for name, block in model.named_modules():
+        if not isinstance(block, FusedBlock) or block.stages() or name not in seconds:
+            continue
+        within = [n for n in apart.parts if n.startswith(f"{name}.")]
+        linears = tuple(n for n in within if apart.parts[n] == "linear")
+        if any(n in seconds for n in linears):  # it took its own forward
+            continue
+        parts: list[tuple[str, tuple[str, ...], float]] = [
+            *(("linear", (n,), linear(n)) for n in linears),
+            ("norm", (), sum(apart_seconds[n] for n in within if apart.parts[n] == "norm")),
+            ("rest", (), _no_rows(block, model.get_submodule(linears[0]), clock)),
+        ]
+        total = sum(taken for _, _, taken in parts)
+        factor = min(1.0, seconds[name] / total)
+        parts.append(("attention", (), max(0.0, seconds[name] - total)))
+        found += [_Stage(name, part, names, factor * taken, True) for part, names, taken in parts]
+    return found
+
+
+def _no_rows(block: nn.Module, first: Any, clock: Clock) -> float:
+    """Return what a block takes for an empty batch: checks and the native call."""
+    x = torch.empty(0, 1, first.in_features, dtype=first.dtype)
+    return _median({"": lambda: block(x)}, clock)[""]
+
+
+def _parts(clock: ModuleClock, stages: Sequence[_Stage]) -> dict[str, float]:
+    """Sum up the modules by part; the stages of a fused block say what is whose."""
     parts = {"linear": 0.0, **dict.fromkeys(REASONS, 0.0)}
-    alone = {layer.name: layer.linears or 0.0 for layer in layers}
     staged: dict[str, float] = {}
     for stage in stages:
         parts[stage.part] += stage.seconds
         staged[stage.block] = staged.get(stage.block, 0.0) + stage.seconds
     for name, seconds in clock.exclusive().items():
         part = clock.parts[name]
-        if part == "block" and name in alone:
-            linear = min(seconds, alone[name])
-            parts["linear"] += linear
-            part, seconds = "attention", seconds - linear
         seconds = max(0.0, seconds - staged.get(name, 0.0))
         parts["rest" if part == "block" else part] += seconds
     return parts
@@ -270,96 +326,99 @@ def _layers(
     def shapes(inner: Sequence[str]) -> list[tuple[int, int, int, int]]:
         return [_shape(model.get_submodule(n), dense.get_submodule(n)) for n in inner]
 
-    def floors(inner: Sequence[str], m: int, call: float) -> dict[str, float]:
-        kept = sum(n * k for _, _, n, k in shapes(inner))
-        size = sum(weight_bytes(model.get_submodule(n)) for n in inner)
-        return {
-            "overhead": call,
-            "bandwidth": size / ceilings["bytes"],
-            "compute": 2 * m * kept / ceilings["flops"],
-        }
+    def layer(
+        name: str,
+        inner: Sequence[str],
+        taken: float,
+        dense_taken: float,
+        call: float,
+        estimated: bool = False,
+    ) -> LayerProfile:
+        m = rows(name, inner)
+        linears = [model.get_submodule(n) for n in inner]
+        limits, aligned = _floors(linears, m, call, ceilings), None
+        if max(limits.values()) < EXPLAINED * taken:
+            aligned = _aligned(linears, m, clock)
+        reason = why_not_faster(taken, limits, aligned)
+        return LayerProfile(
+            name, m, shapes(inner), taken, dense_taken, limits, aligned, reason, estimated
+        )
 
     layers = []
     for stage in stages:
         inner = stage.linears
         if not inner:
             continue
-        m = rows(stage.block, inner)
-        limits = floors(inner, m, 0.0)  # one call for the whole stack
-        reason = why_not_faster(stage.seconds, limits)
         name = inner[0] + "".join(f", {n.rpartition('.')[2]}" for n in inner[1:])
         whole = sum(dense_seconds[n] for n in inner)
-        layers.append(
-            LayerProfile(name, m, shapes(inner), stage.seconds, whole, limits, None, None, reason)
-        )
-    staged = {stage.block for stage in stages}
+        # One call for the whole block.
+        layers.append(layer(name, inner, stage.seconds, whole, 0.0, stage.estimated))
     for name, part in ours.parts.items():
-        if part not in ("linear", "block") or name not in seconds or name in staged:
-            continue
-        module = model.get_submodule(name)
-        inner = tuple(n for n, m in module.named_modules(prefix=name) if isinstance(m, LINEARS))
-        if part == "block" and any(n in seconds for n in inner):
-            continue
-        m = rows(name, inner)
-        limits = floors(inner, m, ceilings["call"])
-        alone = aligned = None
-        if part == "block":
-            alone = sum(_alone(model.get_submodule(n), m, clock) for n in inner)
-        elif max(limits.values()) < EXPLAINED * seconds[name]:
-            aligned = _aligned(module, m, clock)
-        reason = why_not_faster(seconds[name], limits, aligned, alone)
-        layers.append(
-            LayerProfile(
-                name,
-                m,
-                shapes(inner),
-                seconds[name],
-                dense_seconds[name],
-                limits,
-                aligned,
-                alone,
-                reason,
-            )
-        )
+        if part == "linear" and name in seconds:
+            call = ceilings["call"]
+            layers.append(layer(name, (name,), seconds[name], dense_seconds[name], call))
     return layers
 
 
+def _floors(
+    linears: Sequence[Any], m: int, call: float, ceilings: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the seconds that m rows through these Linears take at the least, by reason."""
+    kept = [_kept(layer) for layer in linears]
+    return {
+        "overhead": call,
+        "bandwidth": sum(weight_bytes(layer) for layer in linears) / ceilings["bytes"],
+        "compute": 2 * m * sum(n * k for n, k in kept) / ceilings["flops"],
+    }
+
+
 def _shape(layer: Any, dense: Any) -> tuple[int, int, int, int]:
-    rows, columns = dense.weight.shape
+    return (*dense.weight.shape, *_kept(layer))
+
+
+def _kept(layer: Any) -> tuple[int, int]:
+    """Return the kept rows and columns."""
     if isinstance(layer, PackedLinear):
         layout = _cpu.describe(layer.packed)
-        return rows, columns, layout.n_rows, layout.n_columns
+        return layout.n_rows, layout.n_columns
     n, k = layer.weight.shape
-    return rows, columns, n, k
+    return n, k
 
 
-def _alone(layer: Any, m: int, clock: Clock) -> float:
-    """Return what a layer takes by itself, on random rows."""
-    x = torch.randn(m, layer.in_features, dtype=layer.dtype)
-    return _median({"": lambda: layer(x)}, clock)[""]
-
-
-def _aligned(layer: Any, m: int, clock: Clock) -> float | None:
-    """Return the layer's time with kept counts of whole panels over its own, None where they are.
+def _aligned(layers: Sequence[Any], m: int, clock: Clock) -> float | None:
+    """Return the layers' time with kept counts of whole panels over their own, None where they are.
 
     Both run by themselves, in turn.
     """
-    if not isinstance(layer, (PrunedLinear, PackedLinear)):
+    others = [_widened(layer) for layer in layers]
+    if others == list(layers):
         return None
-    plain = layer if isinstance(layer, PrunedLinear) else layer.unpack()
+    first = layers[0]
+    dtype = first.dtype if isinstance(first, PackedLinear) else first.weight.dtype
+    x = torch.randn(m, first.in_features, dtype=dtype)
+
+    def run(them: Sequence[Any]) -> None:
+        for layer in them:
+            layer(x)
+
+    times = _median({"ours": lambda: run(layers), "aligned": lambda: run(others)}, clock)
+    return times["aligned"] / times["ours"]
+
+
+def _widened(layer: Any) -> Any:
+    """Return the layer with kept counts of whole panels: itself where nothing is to round up."""
+    plain = layer.unpack() if isinstance(layer, PackedLinear) else layer
     if not isinstance(plain, PrunedLinear):
-        return None
+        return layer
     n, k = plain.weight.shape
     wide = _round_up(n, plain.out_features), _round_up(k, plain.in_features)
     if wide == (n, k):
-        return None
-    dtype = plain.weight.dtype
+        return layer
     other = PrunedLinear(
-        plain.in_features, plain.out_features, *wide, plain.bias is not None, dtype=dtype
-    ).requires_grad_(False)
-    x = torch.randn(m, plain.in_features, dtype=dtype)
-    times = _median({"ours": lambda: layer(x), "aligned": lambda: other(x)}, clock)
-    return times["aligned"] / times["ours"]
+        plain.in_features, plain.out_features, *wide, plain.bias is not None,
+        dtype=plain.weight.dtype,
+    ).requires_grad_(False)  # fmt: skip
+    return PackedLinear(other, layer.weight_dtype) if isinstance(layer, PackedLinear) else other
 
 
 def _round_up(count: int, full: int) -> int:

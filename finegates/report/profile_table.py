@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._files import replacing
+from .bench_table import machine_text, markdown_table
 from .profile import LayerProfile, ModelProfile
 from .why import REASONS
 
@@ -26,7 +27,7 @@ def layer_lines(profile: ModelProfile) -> list[list[str]]:
                 f"{100 * layer.kept:.0f} %",
                 f"{1 / layer.kept:.2f}" if layer.kept else "∞",
                 f"{layer.achieved:.2f}",
-                f"{1e6 * layer.seconds:.1f}",
+                "≈ " * layer.estimated + f"{1e6 * layer.seconds:.1f}",
                 f"{100 * layer.share('compute'):.0f} %",
                 f"{100 * layer.share('bandwidth'):.0f} %",
                 layer.reason,
@@ -84,6 +85,17 @@ def profile_tables(profile: ModelProfile) -> list[Any]:
             table.add_row(*line)
         drawn.append(table)
     return drawn
+
+
+def profile_markdown(profile: ModelProfile) -> str:
+    """Return what was measured where, the losses, the parts and the layers as Markdown."""
+    ratio = f"{profile.dense_seconds / profile.seconds:.2f}"
+    return (
+        f"**{profile.model}**, {profile.work.label}, {profile.dtype}, {profile.threads} of "
+        f"{machine_text(profile.machine)}: {ratio} times the dense twin's speed; "
+        f"{loss_text(profile)}\n\n"
+        f"{markdown_table(part_lines(profile))}\n{markdown_table(layer_lines(profile))}"
+    )
 
 
 def plot_profile(path: str | os.PathLike[str], profile: ModelProfile) -> None:

@@ -8,9 +8,7 @@ peak (``compute``). The first rule that holds gives the reason:
    ``bandwidth-bound`` or ``compute-bound``;
 2. the same layer with its kept counts rounded up to whole panels runs in at most `ALIGNED` of the
    time, though it does more: ``misaligned``;
-3. a fused block whose Linears alone take less than `EXPLAINED` of its time: ``attention`` (what
-   else is in it: scores, norms, activation);
-4. else the largest floor again, which is what remains when the kernel gets better.
+3. else the largest floor again, which is what remains when the kernel gets better.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ def why_not_faster(
     seconds: float,
     floors: Mapping[str, float],
     aligned: float | None = None,
-    linears: float | None = None,
 ) -> str:
     """Return the reason.
 
@@ -41,7 +38,6 @@ def why_not_faster(
         seconds: the layer's time.
         floors: seconds by name, the names of `FLOORS`.
         aligned: time of the layer with aligned counts over its own, None where not measured.
-        linears: seconds of a fused block's Linears alone, None for a Linear.
 
     Example:
         >>> why_not_faster(1.0, {"overhead": 0.1, "bandwidth": 0.7, "compute": 0.2})
@@ -54,8 +50,6 @@ def why_not_faster(
         return f"{largest}-bound"
     if aligned is not None and aligned <= ALIGNED:
         return "misaligned"
-    if linears is not None and linears < EXPLAINED * seconds:
-        return "attention"
     return f"{largest}-bound"
 
 
