@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,14 +95,7 @@ def decoder(
     return y
 
 
-def _decoder(
-    x: Tensor, packed: list[Tensor], norms: list[Tensor], cos: Tensor, sin: Tensor,
-    positions: Tensor, keys: list[Tensor], values: list[Tensor], past: int, mask: Tensor | None,
-    eps: float, scale: float, activation: str,
-) -> Tensor:  # fmt: skip
-    args = (
-        x, packed, norms, cos, sin, positions, keys, values, past, mask, eps, scale, activation
-    )  # fmt: skip
+def _decoder(*args: Any) -> Tensor:
     y: Tensor = dispatch.choose("decoder", "auto", *args).run(*args)
     return y
 

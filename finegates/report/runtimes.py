@@ -41,7 +41,7 @@ class Runtime:
 
 def torch_runtime(name: str, model: Any) -> Runtime:
     """Return a runtime that serves this very model in transformers."""
-    return Runtime(name, lambda *_: None, lambda *_: lambda work, threads: serve(model, work))
+    return Runtime(name, lambda *_: None, lambda *_: _open_transformers(model))
 
 
 def _missing(*packages: str) -> str | None:
@@ -66,7 +66,7 @@ def _transformers_why_not(model: Any, dtype: str, work: Work) -> str | None:
     return "it has no int8 Linears" if dtype == "int8" else None
 
 
-def _open_transformers(model: Any, dtype: str, folder: Path) -> Prepare:
+def _open_transformers(model: Any, *_: Any) -> Prepare:
     return lambda work, threads: serve(model, work)
 
 
