@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finegates import GateConfig, gate_, prune_
-from tiny_models import build, scatter_gates_
+from tiny_models import VOCABULARY, build, scatter_gates_
 
 
 def pruned(model_type: str, **changes: Any) -> PreTrainedModel:
@@ -22,6 +25,18 @@ def pruned(model_type: str, **changes: Any) -> PreTrainedModel:
     model = gate_(build(model_type, **changes), config)
     scatter_gates_(model, 0.7)
     return prune_(model).eval()
+
+
+def words(**options: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of `tiny_models`' vocabulary: ``w3`` is token 3, and so on."""
+    vocabulary = {f"w{i}": i for i in range(3, VOCABULARY)}
+    vocabulary |= {"[PAD]": 0, "[UNK]": 1, "[MASK]": 2}
+    tokens = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokens.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]",
+        **options,
+    )  # fmt: skip
 
 
 def check_threads_serve_as_one_does(

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 import finegates
-from finegates import PrunedLinear, _native, cli, gate_, prune_
+from finegates import PrunedLinear, _native, cli
 from finegates.recipes.shapes import shaped_model
 from finegates.report import bench_model as bench_module
 from finegates.report.bench_model import Cell, ModelBench, Result, bench_model
@@ -23,15 +22,10 @@ from finegates.report.memory import memory_of
 from finegates.report.runtimes import PEERS, Runtime
 from finegates.report.timing import commit, machine
 from finegates.report.work import STRIDE, Work, serve
-from tiny_models import build, scatter_gates_
+from serving_case import pruned
+from tiny_models import build
 
 needs_native = pytest.mark.skipif(not _native.available(), reason="no native module")
-
-
-def pruned(model_type: str, **changes: Any) -> PreTrainedModel:
-    model = gate_(build(model_type, **changes))
-    scatter_gates_(model, 0.7)
-    return prune_(model).eval()
 
 
 def test_work_is_checked_and_named() -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, pipeline
 
 from finegates import optimize_for_cpu, restore_
 from finegates.serving.bert import FusedEncoderLayer
 from numerics import assert_models_no_worse
-from serving_case import check_threads_serve_as_one_does, pruned
+from serving_case import check_threads_serve_as_one_does, pruned, words
 from tiny_models import VOCABULARY, build, inputs, logits
 
 FAMILIES = ("bert", "roberta")
@@ -167,20 +162,35 @@ def test_copies_and_compiles() -> None:
 
 
 def test_pipelines() -> None:
-    words = {"[PAD]": 0, "[UNK]": 1, "[MASK]": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    tokens = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokens.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
-    )
     model = pruned("bert")
     texts = ["w3 [MASK] w5 w6", "[MASK] w8"]
     before, after = (
-        pipeline("fill-mask", model=served, tokenizer=tokenizer, batch_size=2)(texts)
+        pipeline("fill-mask", model=served, tokenizer=words(), batch_size=2)(texts)
         for served in (model, optimize_for_cpu(copy.deepcopy(model)))
     )
     for old, new in zip(before, after, strict=True):
         assert [guess["token"] for guess in new] == [guess["token"] for guess in old]
+
+
+def test_text_classification_pipeline(calls: list[int]) -> None:
+    body = pruned("roberta")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(
+        build("roberta", num_labels=5).config
+    ).eval()
+    model.roberta = copy.deepcopy(body.roberta)
+    texts = ["w3 w4 w5 w6", "w8", "w9 w10"]
+    options = {"tokenizer": words(model_max_length=30), "batch_size": 2, "top_k": None}
+    before, after = (
+        pipeline("text-classification", model=served, **options)(texts)
+        for served in (model, optimize_for_cpu(copy.deepcopy(model)))
+    )
+    assert len(calls) == 2 * 2
+    for old, new in zip(before, after, strict=True):
+        assert [guess["label"] for guess in new] == [guess["label"] for guess in old]
+        scores = [[guess["score"] for guess in guesses] for guesses in (new, old)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+        assert len(set(scores[0])) == 5
 
 
 def test_a_sequence_does_not_see_its_batch() -> None:
@@ -192,9 +202,10 @@ def test_a_sequence_does_not_see_its_batch() -> None:
         assert torch.equal(together[i, :n], alone[0])
 
 
-def test_four_threads_serve_as_one_does() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_threads_serve_as_one_does(dtype: torch.dtype) -> None:
     """Mixed shapes, bitwise, and no memory is lost on the way."""
-    model = optimize_for_cpu(pruned("bert"))
+    model = optimize_for_cpu(pruned("bert").to(dtype))
     generator = torch.Generator().manual_seed(0)
     requests = [
         torch.randint(2, VOCABULARY, (1 + i % 3, 1 + 3 * i % 29), generator=generator)
@@ -203,26 +214,3 @@ def test_four_threads_serve_as_one_does() -> None:
     check_threads_serve_as_one_does(
         lambda ids: run(model, input_ids=ids, attention_mask=None).logits, requests
     )
-
-
-FORK = """
-import os, torch
-from finegates import optimize_for_cpu
-torch.set_num_threads({before})
-model = optimize_for_cpu(torch.nn.Sequential(torch.nn.Linear(512, 512)))
-x = torch.randn(64, 512)
-expected = model(x)
-torch.set_num_threads({at_fork})
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(model(x), expected) else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.parametrize(("before", "at_fork"), [(1, 1), (2, 1)])
-def test_a_forked_child_serves_with_one_thread(before: int, at_fork: int) -> None:
-    """As docs/serving.md says: GNU OpenMP's threads don't survive a fork."""
-    code = FORK.format(before=before, at_fork=at_fork)
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -6,26 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM
 
-from finegates import PrunedLinear, gate_, optimize_for_cpu, prune_
+from finegates import PrunedLinear, gate_, optimize_for_cpu
 from finegates.export import dense_model, export_dense, export_onnx, export_openvino
 from finegates.export.graph import _GATHER_COST, PlainLinear
-from tiny_models import build, inputs, logits, scatter_gates_
+from serving_case import pruned
+from tiny_models import build, inputs, logits
 
 FAMILIES = ("bert", "roberta", "llama")
 SHAPES = ((3, 9), (1, 1), (2, 17))
-
-
-def pruned(model_type: str, **changes: Any) -> PreTrainedModel:
-    model = gate_(build(model_type, **changes))
-    scatter_gates_(model, 0.7)
-    return prune_(model).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +115,13 @@ GRAPHS = {"onnx": (export_onnx, run_onnx), "openvino": (export_openvino, run_ope
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "runtime"),
-    [("bert", "onnx"), ("llama", "onnx"), ("roberta", "openvino")],
+    [
+        ("bert", "onnx"),
+        ("llama", "onnx"),
+        ("roberta", "openvino"),
+        ("bert", "openvino"),
+        ("llama", "openvino"),
+    ],
 )
 def test_graphs_compute_the_same(model_type: str, runtime: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
@@ -130,6 +130,7 @@ def test_graphs_compute_the_same(model_type: str, runtime: str, tmp_path: Path) 
     path = tmp_path / ("model.onnx" if runtime == "onnx" else "model.xml")
     export(model, path)
     assert not (tmp_path / "model.onnx.data").exists()
+    optimize_for_cpu(model)
     for batch, length in SHAPES:
         values = inputs(batch=batch, length=length) if length > 4 else _unpadded(batch, length)
         if model_type != "llama":

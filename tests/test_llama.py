@@ -1,4 +1,4 @@
-"""Fused Llama, Mistral and Qwen2 bodies in whole models: same tokens, caches that stay valid."""
+"""Fused Llama, Mistral and Qwen2 bodies in whole models: same tokens, other ways, changes."""
 
 from __future__ import annotations
 
@@ -8,68 +8,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    PreTrainedModel,
-    StaticCache,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
 from finegates import GateMap, gate_, optimize_for_cpu, prune_, restore_
-from finegates.ops import _cpu_blocks, use_backend
-from finegates.serving import llama
+from finegates.ops import use_backend
 from finegates.serving.fused import FusedBlock
+from llama_case import build, count_calls, fused, generate, prompt
 from numerics import assert_no_worse
-from serving_case import check_threads_serve_as_one_does, pruned
+from serving_case import check_threads_serve_as_one_does, pruned, words
 from shared_data import shared
-from tiny_models import VOCABULARY, inputs, logits
+from tiny_models import inputs, logits
 
 FAMILIES = ("llama", "mistral", "qwen2")
 # Steps read the cache as it lies where a head fills whole registers, and panels of it elsewhere.
 HEADS = pytest.mark.parametrize("head_dim", [6, 16])
 
 
-def build(family: str = "llama", **changes: Any) -> PreTrainedModel:
-    if family == "mistral":
-        changes = {"sliding_window": None, **changes}
-    return pruned(family, **changes)
-
-
-def fused(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    optimized = optimize_for_cpu(copy.deepcopy(model), **options)
-    assert isinstance(optimized.model, FusedBlock)
-    return optimized
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of new tokens of each native call."""
-    made: list[int] = []
-    original = _cpu_blocks.decoder
-
-    def counted(x: Tensor, *args: Any) -> Tensor:
-        made.append(x.shape[1])
-        return original(x, *args)
-
-    monkeypatch.setattr(llama._cpu_blocks, "decoder", counted)
-    return made
-
-
-def prompt(batch: int = 1, length: int = 7, pads: tuple[int, ...] = ()) -> dict[str, Tensor]:
-    """Token ids and a mask; ``pads`` tokens of padding on the left of each sequence."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(2, VOCABULARY, (batch, length), generator=generator)
-    mask = torch.ones_like(ids)
-    for i, pad in enumerate(pads):
-        ids[i, :pad], mask[i, :pad] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model: PreTrainedModel, tokens: int = 30, **options: Any) -> Tensor:
-    options = {**prompt(), "do_sample": False, **options}
-    result: Tensor = model.generate(max_new_tokens=tokens, min_new_tokens=tokens, **options)
-    return result
+    return count_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,54 +124,6 @@ def test_generates_the_same_tokens(
     assert len(calls) == 30
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_the_cache_stays_valid(static: bool) -> None:
-    """Each step may be ours or transformers': the same cache serves both."""
-    plain = build()
-    ours = fused(plain)
-    ids = prompt(2, 12)["input_ids"]
-    make: Any = (
-        (lambda: StaticCache(config=plain.config, max_cache_len=24)) if static else DynamicCache
-    )
-    cache, whole = make(), make()
-    with torch.no_grad():
-        for i, (model, start, end) in enumerate(
-            [(ours, 0, 5), (plain, 5, 6), (ours, 6, 9), (plain, 9, 10), (ours, 10, 12)]
-        ):
-            a = model(ids[:, start:end], past_key_values=cache).logits
-            b = plain(ids[:, start:end], past_key_values=whole).logits
-            torch.testing.assert_close(a, b, msg=f"step {i}")
-    for one, other in zip(cache.layers, whole.layers, strict=True):
-        torch.testing.assert_close(one.keys, other.keys)
-        torch.testing.assert_close(one.values, other.values)
-    assert int(cache.get_seq_length()) == 12
-
-
-def test_cropped_reordered_and_copied_caches() -> None:
-    plain = build()
-    ours = fused(plain)
-    ids = prompt(2, 10)["input_ids"]
-    results = []
-    for model in (plain, ours):
-        cache = DynamicCache()
-        with torch.no_grad():
-            model(ids, past_key_values=cache)
-            branch = copy.deepcopy(cache)
-            first = model(ids[:, :1], past_key_values=branch).logits
-            cache.crop(-3)
-            cache.crop(-1)
-            cache.reorder_cache(torch.tensor([1, 0]))
-            second = model(ids[:, :2], past_key_values=cache).logits
-            cache.batch_repeat_interleave(2)
-            third = model(ids[:, :1].repeat(2, 1), past_key_values=cache).logits
-            again = model(ids[:, :1], past_key_values=copy.deepcopy(branch)).logits
-        assert all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-        with pytest.raises(ValueError, match="positive value"):
-            cache.layers[0].crop(2)
-        results.append((first, second, third, again))
-    torch.testing.assert_close(*results)
-
-
 def test_bf16_is_no_worse() -> None:
     plain = build(hidden_size=48, head_dim=16).bfloat16()
     exact = copy.deepcopy(plain).double()
@@ -253,9 +163,10 @@ def test_a_sequence_does_not_see_its_batch(head_dim: int) -> None:
             assert torch.equal(a[0], b[i])
 
 
-def test_threads_of_python() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_threads_serve_as_one_does(dtype: torch.dtype) -> None:
     """A prompt and a step after it, each request with a cache of its own."""
-    ours = fused(build())
+    ours = fused(build().to(dtype))
     requests = [prompt(1 + i % 3, 2 + 5 * i % 23)["input_ids"] for i in range(30)]
 
     @torch.no_grad()
@@ -265,6 +176,37 @@ def test_threads_of_python() -> None:
         return torch.cat((first.logits, step.logits), dim=1)
 
     check_threads_serve_as_one_does(serve, requests)
+
+
+def test_compiles() -> None:
+    """Compiled, the body takes its own forward over the packed Linears: a prompt and a step."""
+    ours = fused(build())
+    compiled, ids = torch.compile(ours, backend="aot_eager"), prompt(2, 7)["input_ids"]
+    with torch.no_grad():
+        for options in ({}, {"use_cache": False}):
+            torch.testing.assert_close(compiled(ids, **options).logits, ours(ids).logits)
+        caches = [model(ids, use_cache=True).past_key_values for model in (compiled, ours)]
+        steps = [
+            model(ids[:, :1], past_key_values=cache).logits
+            for model, cache in zip((compiled, ours), caches, strict=True)
+        ]
+    torch.testing.assert_close(*steps)
+    assert isinstance(ours.model, FusedBlock)
+
+
+def test_text_generation_pipeline(calls: list[int]) -> None:
+    plain = build(eos_token_id=2)
+    texts = ["w3 w4 w5 w6", "w8"]
+    options = {"do_sample": False, "max_new_tokens": 8, "batch_size": 2}
+    written = [
+        pipeline("text-generation", model=model, tokenizer=words(padding_side="left"))(
+            texts, **options
+        )
+        for model in (plain, fused(plain))
+    ]
+    assert written[0] == written[1]
+    assert calls[0] == 4
+    assert len(calls) > 1
 
 
 def test_follows_its_weights() -> None:
@@ -401,43 +343,6 @@ def test_named_backends(calls: list[int]) -> None:
         torch.testing.assert_close(logits(ours), logits(plain))
 
 
-class OwnCache(DynamicCache):
-    """Somebody's cache, which may do more than ours knows."""
-
-
-class Wrapped:
-    """A cache without ``layers``."""
-
-    def __init__(self) -> None:
-        self.cache = DynamicCache()
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("cache", "layers"):
-            raise AttributeError(name)
-        return getattr(self.cache, name)
-
-
-def test_other_caches_take_the_plain_way(calls: list[int]) -> None:
-    plain = build()
-    ours = fused(plain)
-    for make in (OwnCache, Wrapped):
-        with torch.no_grad():
-            a, b = (m(**inputs(), past_key_values=make()).logits for m in (ours, plain))
-        torch.testing.assert_close(a, b)
-    assert calls == []
-
-
-def test_a_static_cache_with_uneven_layers_takes_the_plain_way(calls: list[int]) -> None:
-    ours = fused(build())
-    cache = StaticCache(config=ours.config, max_cache_len=24)
-    ids = prompt(1, 4)["input_ids"]
-    with torch.no_grad():
-        ours(ids, past_key_values=cache)
-        cache.layers[1].cumulative_length.sub_(1)
-        ours(ids, past_key_values=cache)
-    assert calls == [4]
-
-
 def add_hook(body: Any) -> None:
     body.layers[1].mlp.register_forward_hook(lambda *_: None)
 
@@ -471,35 +376,6 @@ def test_hooks_of_transformers_leave_a_body_fusable() -> None:
         plain(**inputs(), output_hidden_states=True)
     assert any(m._forward_hooks for m in plain.model.layers.modules())
     fused(plain)
-
-
-def test_a_cache_never_writes_into_what_it_was_given() -> None:
-    ours = fused(build())
-    ids = prompt(1, 8)["input_ids"]
-    cache = DynamicCache()
-    with torch.no_grad():
-        ours(ids, past_key_values=cache)
-        given = [layer.keys.clone() for layer in cache.layers]
-        before = [tokens.clone() for tokens in given]
-        for layer, tokens in zip(cache.layers, given, strict=True):
-            layer.keys = tokens
-        cache.crop(-4)
-        ours(ids[:, :2], past_key_values=cache)
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-
-
-def test_a_cache_made_in_inference_mode_goes_on_outside() -> None:
-    plain = build()
-    ids = prompt(1, 9)["input_ids"]
-    results = []
-    for model in (fused(plain), plain):
-        cache = DynamicCache()
-        with torch.inference_mode():
-            model(ids[:, :5], past_key_values=cache)
-        with torch.no_grad():
-            model(ids[:, 5:7], past_key_values=cache)
-            results.append(plain(ids[:, 7:], past_key_values=cache).logits)
-    torch.testing.assert_close(*results)
 
 
 def test_a_refused_train_refuses_forward_until_eval() -> None:

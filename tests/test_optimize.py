@@ -76,6 +76,18 @@ def test_int8_rounds_weights() -> None:
     torch.testing.assert_close(logits(restore_(model)), after)
 
 
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_int8_saves_what_loads_and_rounds_to_the_same(model_type: str, tmp_path: Path) -> None:
+    model = optimize_for_cpu(pruned(model_type), weight_dtype="int8")
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path)
+    again = optimize_for_cpu(loaded, weight_dtype="int8")
+    assert all(m.weight_dtype == "int8" for m in again.modules() if isinstance(m, PackedLinear))
+    torch.testing.assert_close(logits(again), before)
+
+
 def test_refuses_to_train_and_recovers() -> None:
     model = optimize_for_cpu(pruned("bert"))
     model(**inputs())  # no gradient is wanted: nothing requires one
