@@ -163,7 +163,8 @@ class PrunedLinear(nn.Module):
         Raises:
             ValueError: x's last dimension, dtype or device doesn't fit.
         """
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
             raise ValueError(
                 f"x must have a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
             )
@@ -171,13 +172,12 @@ class PrunedLinear(nn.Module):
             # Reading the dicts instead of the attributes saves 2 µs of nn.Module.__getattr__.
             parameters, buffers = self._parameters, self._buffers
             try:
-                operands = (
-                    parameters["weight"], parameters["bias"], buffers["rows"], buffers["columns"]
-                )  # fmt: skip
+                w, b = parameters["weight"], parameters["bias"]
+                rows, columns = buffers["rows"], buffers["columns"]
             except KeyError:  # parametrized: an attribute computes it
                 pass
             else:
-                y = self._eager(x, *operands, self.out_features, self.activation)  # type: ignore[arg-type]
+                y = self._eager.run(x, w, b, rows, columns, self.out_features, self.activation)  # type: ignore[arg-type]
                 if y is not None:
                     return y
         return pruned_linear(

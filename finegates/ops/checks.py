@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
 
 def autocasts(x: Tensor) -> bool:
     """Return whether autocast casts x; as for ``F.linear``, it leaves fp64 alone."""
@@ -28,9 +30,7 @@ def transforms_run() -> bool:
 
     Neither has a public reader, but for ``unpack_dual`` per tensor at 0.4 µs.
     """
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return forward_ad._current_level >= 0 or _innermost_transform() is not None
 
 
 def wants_gradient(*operands: Tensor | None) -> bool:

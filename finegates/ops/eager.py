@@ -17,6 +17,10 @@ from .checks import transforms_run
 
 _TYPES = (torch.float32, torch.bfloat16)
 _CLASSES = (Tensor, nn.Parameter)
+# By one lookup and without a wrapper: 0.1 µs a call less.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_autocasts = torch.is_autocast_enabled
 
 
 def is_plain(x: Tensor, types: Container[torch.dtype] = _TYPES) -> bool:
@@ -27,15 +31,15 @@ def is_plain(x: Tensor, types: Container[torch.dtype] = _TYPES) -> bool:
     the caller to see.
     """
     return not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or type(x) is not Tensor
         or not x.is_cpu
         or x.dtype not in types
         or x.is_neg()
         or transforms_run()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or _is_tracing()
         or _native._C is None
-        or torch.is_autocast_enabled("cpu")
+        or _autocasts("cpu")
         or not dispatch.is_free()
     )
 
@@ -54,7 +58,7 @@ class EagerLinear:
     def __reduce__(self) -> tuple[type[EagerLinear], tuple[()]]:
         return EagerLinear, ()
 
-    def __call__(
+    def run(
         self,
         x: Tensor,
         w: Tensor,
@@ -70,8 +74,6 @@ class EagerLinear:
         in inference mode. The pack is let go then: whatever moved or replaced the weight, the old
         one isn't kept for good.
         """
-        if torch.compiler.is_compiling():
-            return None
         if (
             not is_plain(x)
             or type(w) not in _CLASSES
@@ -80,7 +82,8 @@ class EagerLinear:
             and (x.requires_grad or w.requires_grad or b is not None and b.requires_grad)
             or w.is_inference()
         ):
-            self._entry = None
+            if not _is_compiling():  # a graph would keep the write
+                self._entry = None
             return None
         entry = self._entry
         in_features = x.shape[-1]

@@ -78,12 +78,16 @@ def state(
     in_features: int,
 ) -> tuple[object, ...]:
     """Return what changes when an operand does: addresses, versions, sizes, and `_steps`."""
+    # One flat tuple: nested ones take 0.2 µs more.
     return (
         w.data_ptr(),
         w._version,
-        b is None or (b.data_ptr(), b._version),
-        rows is None or (rows.data_ptr(), rows._version),
-        columns is None or (columns.data_ptr(), columns._version),
+        b is None or b.data_ptr(),
+        b is None or b._version,
+        rows is None or rows.data_ptr(),
+        rows is None or rows._version,
+        columns is None or columns.data_ptr(),
+        columns is None or columns._version,
         out_features,
         in_features,
         _steps,
