@@ -41,4 +41,4 @@ CXXFLAGS="-O1 -g $SANITIZE" LDFLAGS="$SANITIZE" "$PYTHON" setup.py -q build_ext 
 # than the tests without memory leave.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FINEGATES_MAX_ISA=avx512bf16 \
-  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py -k "not no_memory"
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cpu_*.py -k "not no_memory"

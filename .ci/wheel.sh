@@ -28,7 +28,7 @@ test "$SYMBOLS" = PyInit__C || { echo "wheel.sh: exports $SYMBOLS" >&2; exit 1; 
 case "$MODULE" in "$WORK"/venv/*) ;; *) echo "wheel.sh: tested $MODULE" >&2; exit 1 ;; esac
 
 mkdir "$WORK/tests"
-cp tests/{conftest,levels,numerics,test_native,test_packed}.py "$WORK/tests"
+cp tests/{conftest,levels,numerics,cpu_layer,test_cpu_*,test_packed}.py "$WORK/tests"
 cp pyproject.toml "$WORK"
 cd "$WORK"
 "$WORK/venv/bin/python" -m pytest -q tests
