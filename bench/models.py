@@ -1,6 +1,6 @@
 """Turn the JSON of `finegates bench-model`, of several shapes, into the README's tables and figure.
 
-python bench/models.py bench/results/models/*.json [--png bench/results/models/all.png]
+python bench/models.py bench/results/models/zen5/*.json [--png bench/results/models/zen5/all.png]
 
 Per share of the gated weights that was removed: the optimised model's times against the dense
 runtimes', the serving processes' memory, and what falls short of docs/serving.md's bars.
