@@ -218,14 +218,14 @@ def _stages(model: nn.Module, ours: ModuleClock, calls: Sequence[Tensor]) -> lis
 def _apart(model: nn.Module) -> nn.Module | None:
     """Return a copy whose blocks that don't time themselves take their own forward, if any."""
 
-    def chosen(module: nn.Module) -> bool:
-        return isinstance(module, FusedBlock) and not module.stages()
+    def untimed(root: nn.Module) -> list[FusedBlock]:
+        return [m for m in root.modules() if isinstance(m, FusedBlock) and not m.stages()]
 
-    if not any(map(chosen, model.modules())):
+    if not untimed(model):
         return None
     copied = copy.deepcopy(model)
-    for module in filter(chosen, copied.modules()):
-        module.release()
+    for block in untimed(copied):
+        block.release()
     return copied
 
 
