@@ -99,7 +99,7 @@ def test_clock_tells_own_time_from_that_of_children() -> None:
          "inner.1": 0.0}
     )  # fmt: skip
     assert whole["inner.0"] == pytest.approx(0.006)
-    assert whole[""] == pytest.approx(0.01)
+    assert whole[""] == pytest.approx(0.01) == pytest.approx(sum(own.values()))
     assert clock.rows == {"inner.1": 6}
     assert not model._forward_hooks
     inner, outer = hook_cost(time.thread_time)
@@ -135,7 +135,6 @@ def test_profile(model_type: str, kind: str, optimised: bool, tmp_path: Path) ->
     covered = sum(len(layer.shapes) for layer in profile.layers)
     assert covered == sum(isinstance(m, nn.Linear) for m in build(model_type).modules())
     assert profile.parts["linear"] > 0
-    assert sum(profile.parts.values()) == pytest.approx(profile.seconds, rel=0.6)
     text = json.dumps(profile.to_dict())
     assert json.loads(text)["losses"] == profile.losses()
     plot_profile(tmp_path / "profile.png", profile)
