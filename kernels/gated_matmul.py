@@ -52,7 +52,7 @@ def gated_dot(
             c = tl.load(c_ptr + column, mask=inside, other=0.0)
             x = x * c.to(x.dtype)[None, :]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        w_ptrs += BLOCK_K * stride_wk
+        w_ptrs += tl.full((), BLOCK_K, tl.int64) * stride_wk
     return acc
 
 

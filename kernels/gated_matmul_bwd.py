@@ -86,7 +86,7 @@ def _gated_matmul_bwd_x_kernel(
             r = tl.load(r_ptr + row, mask=inside, other=0.0)
             dy = dy * r.to(dy.dtype)[None, :]
         u = tl.dot(dy, w, u, input_precision=PRECISION)
-        w_ptrs += BLOCK_N * stride_wn
+        w_ptrs += tl.full((), BLOCK_N, tl.int64) * stride_wn
 
     mask = (m < M)[:, None] & (k < K)[None, :]
     if dc_ptr is not None:
@@ -200,8 +200,8 @@ def _gated_matmul_bwd_w_kernel(
         dy = tl.load(dy_ptrs, mask=(n < N)[:, None] & inside[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=inside[:, None] & (k < K)[None, :], other=0.0)
         g = tl.dot(dy, x, g, input_precision=PRECISION)
-        dy_ptrs += BLOCK_M * stride_dym
-        x_ptrs += BLOCK_M * stride_xm
+        dy_ptrs += tl.full((), BLOCK_M, tl.int64) * stride_dym
+        x_ptrs += tl.full((), BLOCK_M, tl.int64) * stride_xm
 
     mask = (n < N)[:, None] & (k < K)[None, :]
     w_offsets = n[:, None] * stride_wn + k[None, :] * stride_wk
