@@ -1,8 +1,8 @@
 """Compile the whole launch table ahead of time, without a GPU, and record what it needs.
 
 ``python -m finegates.kernels.compile`` prints the rows that differ from ``resources.json``;
-``--write`` replaces the file. Registers, stack (spills), shared memory, global loads of 16 and of
-2 bytes and tensor-core instructions come from the compiled code of each target.
+``--write`` replaces the file. Registers, stack (spills), shared memory, tensor-core instructions
+and the bytes of every operand's loads and stores come from the compiled code of each target.
 """
 
 import argparse
@@ -22,9 +22,23 @@ from triton.compiler import ASTSource
 
 from . import fold, gated_matmul, norm_gather, open_mass
 from . import gated_matmul_bwd as bwd
-from .launch import GATHER_ROWS, GEMM, OPTIONS, REDUCE, ROW_WISE, STREAM, SUMS, gemm_options
+from .accesses import accesses
+from .launch import (
+    ALIGN,
+    GATHER_ROWS,
+    GEMM,
+    OPTIONS,
+    REDUCE,
+    ROW_WISE,
+    STREAM,
+    STREAM_ODD,
+    SUMS,
+    SUMS_ODD,
+    gemm_options,
+)
 
 RESOURCES = Path(__file__).with_name("resources.json")
+Resources = dict[str, Any]
 
 
 class Target(NamedTuple):
@@ -65,27 +79,76 @@ class Variant(NamedTuple):
     """One specialisation: its row of the launch table or its launch, its constants.
 
     A pointer that no constant makes None is there. ``few`` is for tokens up to `GATHER_ROWS`, which
-    take no tile of twice as many; ``divisible`` says that sizes and strides are multiples of 16, as
-    the models' are.
+    take no tile of twice as many. ``odd`` takes nothing for granted: neither inner strides of 1,
+    nor addresses, sizes and strides that are multiples of 16, as `launch.aligned` finds them. With
+    ``half`` gate values have the operands' dtype.
     """
 
     name: str
     kernel: Any
     table: str | dict[str, Any]
     constants: dict[str, Any]
-    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    dtypes: tuple[str, ...] = ("bf16",)
     few: bool = False
-    divisible: bool = True
+    odd: bool = False
+    half: bool = False
+
+    @property
+    def row(self) -> str | None:
+        """The row of `GEMM` that its tiles come from."""
+        return self.table.replace("bwd_r", "bwd_x") if isinstance(self.table, str) else None
+
+    @property
+    def multiples(self) -> set[str]:
+        """The sizes and strides that are multiples of `ALIGN`; the number of tokens never is.
+
+        With index maps neither sizes in feature space are, nor strides of what is gathered and
+        scattered by them.
+        """
+        if self.odd:
+            return set()
+        names = {"N", "K", "N_out", "K_in"}
+        names |= {name for name in self.kernel.arg_names if name.startswith("stride")}
+        gathered = self.constants.get("GATHERED", True)
+        for side, spread in _SPREAD.get(self.kernel.fn.__name__, {}).items():
+            if self.constants.get(side, side) is not None:
+                free, by_load = spread
+                names -= {*free, *(() if gathered else by_load)}
+        return names & set(self.kernel.arg_names)
+
+    def operands(self, dtype: str) -> dict[str, str]:
+        """Return the element type of every pointer that is there."""
+        pointers = {**POINTERS, **(dict.fromkeys(("r_ptr", "c_ptr"), dtype) if self.half else {})}
+        names = (name for name in self.kernel.arg_names if name.endswith("_ptr"))
+        return {n: pointers.get(n, dtype) for n in names if n not in self.constants}
 
 
+# What an index map leaves without alignment: always, and where the GEMM gathers in its own loads.
+_SPREAD = {
+    "_gated_matmul_fwd_kernel": {
+        "rows_ptr": (("N", "N_out", "stride_ym", "stride_residual"), ()),
+        "columns_ptr": ((), ("stride_xm",)),
+    },
+    "_gated_matmul_bwd_x_kernel": {
+        "rows_ptr": (("N_out", "stride_ym"), ("stride_dym",)),
+        "columns_ptr": (("K_in", "stride_xm"), ()),
+    },
+    "_gated_matmul_bwd_r_kernel": {
+        "rows_ptr": (("N_out", "stride_dym"), ()),
+        "columns_ptr": ((), ("stride_xm",)),
+    },
+    "_gated_matmul_bwd_w_kernel": {
+        "rows_ptr": (("N_out",), ()),
+        "columns_ptr": (("K_in",), ()),
+    },
+}
 _EVERY = ("fp16", "bf16", "fp32")
-_16 = ("bf16",)
-_SAMPLED = {"residual_ptr": None, "ACTIVATION": "none", "GATHERED": False, **_INNER}
+_TWO = ("bf16", "fp32")
+_SAMPLED = {"residual_ptr": None, "ACTIVATION": "none", "GATHERED": True, **_INNER}
 _OPEN = {"ROW": "none", "COLUMN": "none", "r_ptr": None, "c_ptr": None}
 _PRUNED = {"ACTIVATION": "gelu", **_OPEN, **_GATES, **_INNER}
 _FROZEN = {"CLOSED_GRAD": False, **_INNER}
-_CLOSED = {"CLOSED_GRAD": True, **_INNER}
-_COMPACT = {"r_ptr": None, "c_ptr": None, **_CLOSED}
+_LOADED = {"GATHERED": False}
 _SUMMED = {"NOISE": True, "CLOSED_GRAD": False, "CLOSED_ROW_GRAD": False,
            "DIVIDE_ROW": True, "DIVIDE_COLUMN": True}  # fmt: skip
 
@@ -96,6 +159,7 @@ def _both(distribution: str) -> dict[str, Any]:
 
 def _fwd(name: str, table: str, constants: dict[str, Any], *rest: Any, **fields: Any) -> Variant:
     kernel = gated_matmul._gated_matmul_fwd_kernel
+    fields["odd"] = table.endswith("_odd")
     return Variant(f"gated_matmul_fwd[{name}]", kernel, table, constants, *rest, **fields)
 
 
@@ -103,69 +167,86 @@ def _bwd(name: str, table: str, constants: dict[str, Any], *rest: Any, **fields:
     """Return a variant of the kernel that a row of the launch table is for."""
     kernel = table.removesuffix("_map").removesuffix("_odd")
     function = getattr(bwd, f"_gated_matmul_{kernel}_kernel")
+    fields["odd"] = table.endswith("_odd")
     label = f"[{name}]" if name else ""
     return Variant(f"gated_matmul_{kernel}{label}", function, table, constants, *rest, **fields)
 
 
-# Every form that a launcher emits is here, or one with more operands is: the interpreter's suite
-# looks at each of its launches. fp16 takes bf16's tiles and differs by a few registers where both
-# are compiled, so that one variant of a kernel has it, not every row of the launch table.
+# Every form that a launcher emits is here, or one that has more operands or takes less for
+# granted: the interpreter's suite looks at each of its launches. Of each kernel and each row of
+# `GEMM` one variant is compiled in all three dtypes, others in one or two.
 VARIANTS = (
     _fwd("gaussian", "fwd", {**_both("gaussian"), **_DENSE, **_SAMPLED}, _EVERY),
-    _fwd("hard_concrete", "fwd", {**_both("hard_concrete"), **_DENSE, **_SAMPLED}),
     _fwd("ranking", "fwd", {**_both("ranking"), "seed_ptr": None, **_DENSE, **_SAMPLED}),
     _fwd("value", "fwd", {**_both("value"), **_GATES, **_DENSE, **_SAMPLED}),
+    _fwd("value half", "fwd", {**_both("value"), **_GATES, **_DENSE, **_SAMPLED}, half=True),
     _fwd("tf32", "fwd", {"PRECISION": "tf32", **_both("gaussian"), **_DENSE, **_SAMPLED},
          ("fp32",)),
-    _fwd("gaussian few", "fwd_map", {**_both("gaussian"), **_SAMPLED}, few=True),
-    _fwd("hard_concrete few", "fwd_map", {**_both("hard_concrete"), **_SAMPLED}, _16, few=True),
-    _fwd("ranking few", "fwd_map",
-         {**_both("ranking"), "seed_ptr": None, **_SAMPLED}, _16, few=True),
-    _fwd("gaussian rows", "fwd_map", {**_both("gaussian"), **_SAMPLED, "columns_ptr": None}, _16),
-    _fwd("gaussian columns", "fwd",
-         {**_both("gaussian"), **_SAMPLED, "rows_ptr": None, "GATHERED": True}, _16),
-    _fwd("gaussian gathered", "fwd_map", {**_both("gaussian"), **_SAMPLED, "GATHERED": True}),
-    _fwd("hard_concrete gathered", "fwd_map",
-         {**_both("hard_concrete"), **_SAMPLED, "GATHERED": True}, _16),
-    _fwd("pruned few", "fwd_map", {"GATHERED": False, **_PRUNED}, few=True),
-    _fwd("pruned rows", "fwd_map", {"GATHERED": False, "columns_ptr": None, **_PRUNED}, _16),
-    _fwd("scatter", "fwd_map", {"GATHERED": True, **_PRUNED}, _EVERY),
-    _fwd("scatter odd", "fwd_map", {"GATHERED": True, **_PRUNED}, _16, divisible=False),
-    _bwd("", "bwd_x", {"GATHERED": False, **_FROZEN, **_DENSE}, _EVERY),
-    _bwd("tf32", "bwd_x", {"PRECISION": "tf32", "GATHERED": False, **_FROZEN, **_DENSE},
-         ("fp32",)),
-    _bwd("closed", "bwd_x", {"GATHERED": False, **_CLOSED, **_DENSE}),
-    _bwd("few", "bwd_x_map", {"GATHERED": False, **_FROZEN}, few=True),
-    _bwd("few closed", "bwd_x_map", {"GATHERED": False, **_CLOSED}, _16, few=True),
-    _bwd("columns", "bwd_x_map", {"GATHERED": False, "rows_ptr": None, **_FROZEN}, _16),
-    _bwd("gathered", "bwd_x_map", {"GATHERED": True, **_FROZEN}),
-    _bwd("compact", "bwd_x_map", {"GATHERED": True, **_COMPACT}),
-    _bwd("compact odd", "bwd_x_map", {"GATHERED": True, **_COMPACT}, _16, divisible=False),
-    _bwd("", "bwd_r", {"GATHERED": False, **_DENSE, **_INNER}, _EVERY),
-    _bwd("few", "bwd_r_map", {"GATHERED": False, **_INNER}, _16, few=True),
-    _bwd("gathered", "bwd_r_map", {"GATHERED": True, **_INNER}, _16),
+    _fwd("gaussian columns", "fwd", {**_both("gaussian"), **_SAMPLED, "rows_ptr": None}),
+    _fwd("hard_concrete columns", "fwd", {**_both("hard_concrete"), **_SAMPLED, "rows_ptr": None}),
+    _fwd("gaussian few", "fwd_map", {**_both("gaussian"), **_SAMPLED, **_LOADED}, few=True),
+    _fwd("hard_concrete few", "fwd_map",
+         {**_both("hard_concrete"), **_SAMPLED, **_LOADED}, few=True),
+    _fwd("gaussian gathered", "fwd_map", {**_both("gaussian"), **_SAMPLED}),
+    _fwd("hard_concrete gathered", "fwd_map", {**_both("hard_concrete"), **_SAMPLED}),
+    _fwd("pruned few", "fwd_map", {**_PRUNED, **_LOADED}, _TWO, few=True),
+    _fwd("scatter", "fwd_map", {**_PRUNED, "GATHERED": True}, _EVERY),
+    _fwd("gaussian odd", "fwd_odd", {**_both("gaussian"), "ACTIVATION": "gelu", **_LOADED}, _EVERY),
+    _fwd("gaussian gathered odd", "fwd_odd",
+         {**_both("gaussian"), "ACTIVATION": "gelu", "GATHERED": True}),
+    _fwd("hard_concrete odd", "fwd_odd",
+         {**_both("hard_concrete"), "ACTIVATION": "gelu", **_LOADED}),
+    _fwd("hard_concrete gathered odd", "fwd_odd",
+         {**_both("hard_concrete"), "ACTIVATION": "gelu", "GATHERED": True}),
+    _fwd("value odd", "fwd_odd",
+         {**_both("value"), **_GATES, "ACTIVATION": "none", "GATHERED": True}),
+    _fwd("value half odd", "fwd_odd",
+         {**_both("value"), **_GATES, "ACTIVATION": "none", "GATHERED": True}, half=True),
+    _bwd("", "bwd_x", {**_FROZEN, **_DENSE, "GATHERED": True}, _EVERY),
+    _bwd("half", "bwd_x", {**_FROZEN, **_DENSE, "GATHERED": True}, half=True),
+    _bwd("tf32", "bwd_x", {"PRECISION": "tf32", **_FROZEN, **_DENSE, "GATHERED": True}, ("fp32",)),
+    _bwd("closed", "bwd_x", {**_FROZEN, **_DENSE, "GATHERED": True, "CLOSED_GRAD": True}),
+    _bwd("few", "bwd_x_map", {**_FROZEN, **_LOADED}, _TWO, few=True),
+    _bwd("gathered", "bwd_x_map", {**_FROZEN, "GATHERED": True}, _EVERY),
+    _bwd("odd", "bwd_x_odd", {"CLOSED_GRAD": False, **_LOADED}, _EVERY),
+    _bwd("half odd", "bwd_x_odd", {"CLOSED_GRAD": False, "GATHERED": True}, half=True),
+    _bwd("gathered odd", "bwd_x_odd", {"CLOSED_GRAD": False, "GATHERED": True}),
+    _bwd("", "bwd_r", {**_DENSE, **_INNER, "GATHERED": True}, _EVERY),
+    _bwd("few", "bwd_r_map", {**_INNER, **_LOADED}, _TWO, few=True),
+    _bwd("gathered", "bwd_r_map", {**_INNER, "GATHERED": True}, _EVERY),
+    _bwd("odd", "bwd_r_odd", _LOADED, _EVERY),
+    _bwd("half odd", "bwd_r_odd", {"GATHERED": True}, half=True),
+    _bwd("gathered odd", "bwd_r_odd", {"GATHERED": True}),
     _bwd("", "bwd_w", {**_FROZEN, **_DENSE}, _EVERY),
     _bwd("tf32", "bwd_w", {"PRECISION": "tf32", **_FROZEN, **_DENSE}, ("fp32",)),
-    _bwd("closed", "bwd_w", {**_CLOSED, **_DENSE}, _16),
+    _bwd("closed", "bwd_w", {**_FROZEN, **_DENSE, "CLOSED_GRAD": True}),
     _bwd("mapped", "bwd_w", _FROZEN),
-    _bwd("mapped closed", "bwd_w", _CLOSED, _16),
-    _bwd("compact odd", "bwd_w_odd", _COMPACT, divisible=False),
+    _bwd("odd", "bwd_w_odd", {"CLOSED_GRAD": False}, _EVERY),
+    _bwd("half odd", "bwd_w_odd", {"CLOSED_GRAD": False}, half=True),
     *(
         Variant(f"gated_matmul_bwd_gates[{distribution}]", bwd._gated_matmul_bwd_gates_kernel,
                 REDUCE, {"DISTRIBUTION": distribution, **_SUMMED},
-                _EVERY if distribution == "gaussian" else _16)
+                _EVERY if distribution == "gaussian" else ("bf16",), odd=True)
         for distribution in ("gaussian", "hard_concrete", "ranking", "value")
     ),
+    Variant("gated_matmul_bwd_gates[value half]", bwd._gated_matmul_bwd_gates_kernel, REDUCE,
+            {"DISTRIBUTION": "value", **_SUMMED}, odd=True, half=True),
     *(
         Variant(f"fold_fwd[{distribution}]", fold._fold_fwd_kernel, STREAM,
                 {**_both(distribution), **_INNER},
-                _EVERY if distribution == "gaussian" else _16)
+                _EVERY if distribution == "gaussian" else ("bf16",))
         for distribution in ("gaussian", "hard_concrete", "ranking", "value")
     ),
+    *(
+        Variant(f"fold_fwd[{distribution} odd]", fold._fold_fwd_kernel, STREAM_ODD,
+                _both(distribution), odd=True)
+        for distribution in ("gaussian", "hard_concrete", "value")
+    ),
     Variant("fold_bwd", fold._fold_bwd_kernel, SUMS, _INNER, _EVERY),
+    Variant("fold_bwd[odd]", fold._fold_bwd_kernel, SUMS_ODD, {}, _EVERY, odd=True),
     *(
         Variant(f"norm_gather_fwd[{norm}]", norm_gather._norm_gather_fwd_kernel, ROW_WISE,
-                {"NORM": norm, **_INNER}, _EVERY if norm == "rms" else _16)
+                {"NORM": norm}, _EVERY if norm == "rms" else ("bf16",), odd=True)
         for norm in ("none", "rms", "layer")
     ),
     *(
@@ -207,8 +288,7 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
                 if not isinstance(variant.table, str):
                     listed.append(Job(index, target, dtype, {**variant.table, **OPTIONS}))
                     continue
-                table = variant.table.replace("bwd_r", "bwd_x")
-                for tile in GEMM[table, DTYPES[dtype]][TARGETS[target].family]:
+                for tile in GEMM[variant.row, DTYPES[dtype]][TARGETS[target].family]:
                     if variant.few and tile.m >= 2 * GATHER_ROWS:
                         continue
                     if variant.table.startswith("bwd_r"):
@@ -217,40 +297,38 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
     return list({job.key: job for job in listed}.values())
 
 
-def compile_job(job: Job) -> dict[str, int]:
+def compile_job(job: Job) -> Resources:
     """Compile one row and return what the code needs."""
     variant, target = VARIANTS[job.variant], TARGETS[job.target]
     blocks = {name: value for name, value in job.options.items() if name.isupper()}
     options = {name: value for name, value in job.options.items() if not name.isupper()}
     constants = {"PRECISION": "ieee", **variant.constants, **blocks}
     names = variant.kernel.arg_names
-    signature = {name: _type_of(name, job.dtype, constants) for name in names}
+    types = variant.operands(job.dtype)
+    signature = {name: _type_of(name, types, constants) for name in names}
+    known = set() if variant.odd else {*types, *variant.multiples}
     attributes = {
-        (position,): [["tt.divisibility", 16]]
+        (position,): [["tt.divisibility", ALIGN]]
         for position, name in enumerate(names)
-        if signature[name].startswith("*")
-        or variant.divisible
-        and signature[name] == "i32"
-        and _is_size(name)
+        if name in known and name not in constants
     }
     present = {name: value for name, value in constants.items() if name in names}
     source = ASTSource(variant.kernel, signature, present, attributes)
     gpu = GPUTarget(target.backend, target.arch, target.warp)
     compiled = triton.compile(source, target=gpu, options=options)
+    given = [name.removesuffix("_ptr") for name in names if signature[name] != "constexpr"]
+    loads, stores = accesses(compiled.asm["llir"], given)
     measure = _measure_hip if target.backend == "hip" else _measure_cuda
-    return {"shared": compiled.metadata.shared, **measure(compiled.asm)}
+    found = {"shared": compiled.metadata.shared, **measure(compiled.asm)}
+    return {**found, "loads": loads, "stores": stores}
 
 
-def _type_of(name: str, dtype: str, constants: dict[str, Any]) -> str:
+def _type_of(name: str, types: dict[str, str], constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
-    if name.endswith("_ptr"):
-        return "*" + POINTERS.get(name, dtype)
+    if name in types:
+        return "*" + types[name]
     return "fp32" if name in FLOATS else "i32"
-
-
-def _is_size(name: str) -> bool:
-    return name in ("M", "N", "K", "N_out", "K_in") or name.startswith("stride")
 
 
 def _measure_cuda(asm: dict[str, Any]) -> dict[str, int]:
@@ -267,9 +345,6 @@ def _measure_cuda(asm: dict[str, Any]) -> dict[str, int]:
     return {
         "registers": int(found[1]),
         "spills": int(found[2]),
-        "loads16": len(re.findall(r"cp\.async\.cg\.shared\.global|ld\.global[\w.]*\.v4\.b32", ptx)),
-        "loads2": len(re.findall(r"ld\.global\.b16", ptx)),
-        "stores16": len(re.findall(r"st\.global[\w.]*\.v4\.b32", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),
     }
@@ -285,23 +360,20 @@ def _measure_hip(asm: dict[str, Any]) -> dict[str, int]:
     return {
         "registers": field("vgpr_count"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "loads16": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
-        "loads2": len(re.findall(r"(?:global|buffer)_load_(?:ushort|short)", code)),
-        "stores16": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
         "wgmma": 0,
         "mma": len(re.findall(r"v_mfma", code)),
     }
 
 
-def run(listed: list[Job], processes: int = 2) -> dict[str, dict[str, int]]:
+def run(listed: list[Job], processes: int = 2) -> dict[str, Resources]:
     """Compile the jobs in parallel processes; return key → resources."""
     with ProcessPoolExecutor(processes) as pool:
         return dict(zip([job.key for job in listed], pool.map(compile_job, listed), strict=True))
 
 
-def committed_rows() -> dict[str, dict[str, int]]:
+def committed_rows() -> dict[str, Resources]:
     """Return the committed table's rows."""
-    rows: dict[str, dict[str, int]] = json.loads(RESOURCES.read_text())["rows"]
+    rows: dict[str, Resources] = json.loads(RESOURCES.read_text())["rows"]
     return rows
 
 

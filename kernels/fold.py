@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gate import gate_tile
-from .launch import OPTIONS, STREAM, SUMS, cdiv
+from .gate import gate_tile, tile_count
+from .launch import OPTIONS, STREAM, STREAM_ODD, SUMS, SUMS_ODD, aligned, cdiv
 from .operands import Gates
 
 
@@ -80,14 +80,15 @@ def _fold_bwd_kernel(
     """First-stage Σₘ dy ⊙ y, Σₘ dy and Σₘ x ⊙ dx: blocks of N first, then blocks of K."""
     tile_m = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    if tile < tl.cdiv(N, BLOCK):
+    tiles_n = tile_count(N, BLOCK)
+    if tile < tiles_n:
         _stream_sums(
             dy_ptr, y_ptr, dr_ptr, db_ptr, tile_m, tile, M, N,
             stride_dym, stride_dyn, stride_ym, BLOCK_M, STEPS, BLOCK,
         )  # fmt: skip
     elif dc_ptr is not None:
         _stream_sums(
-            x_ptr, dx_ptr, dc_ptr, None, tile_m, tile - tl.cdiv(N, BLOCK), M, K,
+            x_ptr, dx_ptr, dc_ptr, None, tile_m, tile - tiles_n, M, K,
             stride_xm, stride_xk, stride_dxm, BLOCK_M, STEPS, BLOCK,
         )  # fmt: skip
 
@@ -101,9 +102,10 @@ def fold_fwd(w: Tensor, b: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor 
     n, k = w.shape
     w_out = torch.empty(n, k, dtype=w.dtype, device=w.device)
     b_out = None if b is None else torch.empty_like(b)
-    _fold_fwd_kernel[(cdiv(n, STREAM["BLOCK_M"]), cdiv(k, STREAM["BLOCK"]))](
+    launch = STREAM if aligned((n, k), (w, None)) else STREAM_ODD
+    _fold_fwd_kernel[(cdiv(n, launch["BLOCK_M"]), cdiv(k, launch["BLOCK"]))](
         w, b, w_out, b_out, gates.r, gates.c, *gates.logits, gates.seed,
-        n, k, *w.stride(), *gates.scalars, ROW=gates.row, COLUMN=gates.column, **STREAM, **OPTIONS,
+        n, k, *w.stride(), *gates.scalars, ROW=gates.row, COLUMN=gates.column, **launch, **OPTIONS,
     )  # fmt: skip
     return w_out, b_out
 
@@ -122,10 +124,10 @@ def fold_bwd(
         torch.empty(tiles, size, dtype=torch.float32, device=x.device) if want else None
         for want, size in zip(wanted, (n, k, n), strict=True)
     ]
-    blocks = -(-n // SUMS["BLOCK"]) + (cdiv(k, SUMS["BLOCK"]) if wanted[1] else 0)
-    if blocks:
-        _fold_bwd_kernel[(tiles, blocks)](
-            dy, y, x, dx, *sums, m, n, k, *dy.stride(), y.stride(0), *x.stride(),
-            0 if dx is None else dx.stride(0), **SUMS, **OPTIONS,
-        )  # fmt: skip
+    launch = SUMS if aligned((n, k), (dy, None), (x, None)) else SUMS_ODD
+    blocks = cdiv(n, launch["BLOCK"]) + (cdiv(k, launch["BLOCK"]) if wanted[1] else 0)
+    _fold_bwd_kernel[(tiles, blocks)](
+        dy, y, x, dx, *sums, m, n, k, *dy.stride(), y.stride(0), *x.stride(),
+        0 if dx is None else dx.stride(0), **launch, **OPTIONS,
+    )  # fmt: skip
     return sums[0], sums[1], sums[2]

@@ -19,7 +19,7 @@ from .gate import (
     tile_count,
     tile_order,
 )
-from .launch import cdiv, gemm_options, gemm_tile
+from .launch import aligned, cdiv, gemm_options, gemm_tile
 from .norm_gather import gather_columns
 from .operands import Gates, Weight
 
@@ -32,8 +32,8 @@ def gated_dot(
 ):  # fmt: skip
     """Return the fp32 tile (x ⊙ c) wᵀ over the positions 0 … end; c is applied in registers.
 
-    With ``GATHERED`` x has the kept columns only, side by side: 16-byte loads straight to shared
-    memory, where a gather takes an address and a load per element.
+    With ``GATHERED`` x has w's columns only, side by side: 16-byte loads straight to shared memory,
+    where a gather takes an address and a load per element.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -125,9 +125,14 @@ def gated_matmul_fwd(
     n_out = n if out_features is None else out_features
     x, gathered = gather_columns(x, columns)
     y = torch.empty(m, n_out, dtype=x.dtype, device=x.device)
-    mapped = rows is not None or columns is not None and not gathered
-    small = mapped or residual is not None or activation != "none"
-    tile = gemm_tile("fwd_map" if small else "fwd", x, m, n, k)
+    by_load = None if gathered else columns
+    if not aligned((k, n if rows is None else 0), (x, by_load), (weight.w, None)):
+        row = "fwd_odd"
+    elif rows is None and by_load is None and residual is None and activation == "none":
+        row = "fwd"
+    else:
+        row = "fwd_map"
+    tile = gemm_tile(row, x, m, n, k)
     _gated_matmul_fwd_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n),)](
         x, weight.w, weight.b, residual, y, gates.r, gates.c, *gates.logits, gates.seed,
         rows, columns, m, n, k, n_out, *x.stride(), *weight.w.stride(), n_out,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .gate import feature_of, fill_gaps, fill_gate, gate_derivative, tile_count, tile_order
 from .gated_matmul import gated_dot
-from .launch import ALIGN, OPTIONS, REDUCE, Tile, cdiv, gemm_options, gemm_tile
+from .launch import OPTIONS, REDUCE, Tile, aligned, cdiv, gemm_options, gemm_tile
 from .norm_gather import gather_columns
 from .operands import Gates, Weight
 
@@ -52,8 +52,8 @@ def _gated_matmul_bwd_x_kernel(
     """u = (dy ⊙ r) w, dx = u ⊙ c, and per row tile the sums over m of x ⊙ u, dy ⊙ y and dy.
 
     dc_ptr [tiles, K_in], dr_ptr [tiles, N_out] and db_ptr [tiles, N] are first-stage sums that
-    `_gated_matmul_bwd_gates_kernel` adds in a fixed order. With ``GATHERED`` dy has the kept rows
-    only, side by side, while y has all.
+    `_gated_matmul_bwd_gates_kernel` adds in a fixed order. With ``GATHERED`` dy has w's rows only,
+    side by side, while y has all.
     """
     tiles_k = tile_count(K, BLOCK_K)
     pid_m, pid_k = tile_order(tl.program_id(0), tile_count(M, BLOCK_M), tiles_k, GROUP_M)
@@ -325,8 +325,8 @@ def gated_matmul_bwd_x(
     """
     (m, n_out), (n, k), k_in = dy.shape, weight.w.shape, x.shape[1]
     rows, columns = weight.rows, weight.columns
+    tile = _bwd_x_tile(dy, x, weight)
     dy, gathered = gather_columns(dy, rows)
-    tile = gemm_tile("bwd_x_map" if weight.mapped else "bwd_x", x, m, n, k)
     tiles = cdiv(m, tile.m)
     dx = torch.empty(m, k_in, dtype=x.dtype, device=x.device) if wanted[0] else None
     dc = _partial(x, tiles, k_in, columns) if wanted[1] else None
@@ -344,8 +344,8 @@ def gated_matmul_bwd_x(
 def gated_matmul_bwd_r(dy: Tensor, x: Tensor, dr: Tensor, weight: Weight, gates: Gates) -> None:
     """Write the closed rows' first-stage sums into ``dr``, of `gated_matmul_bwd_x`'s row tiles."""
     (m, n_out), (n, k) = dy.shape, weight.w.shape
+    tile = bwd_r_tile(_bwd_x_tile(dy, x, weight))
     x, gathered = gather_columns(x, weight.columns)
-    tile = bwd_r_tile(gemm_tile("bwd_x_map" if weight.mapped else "bwd_x", x, m, n, k))
     if dr.shape[0] != cdiv(m, tile.m):
         raise ValueError(f"dr must have {cdiv(m, tile.m)} tiles, got {dr.shape[0]}")
     _gated_matmul_bwd_r_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n),)](
@@ -355,9 +355,19 @@ def gated_matmul_bwd_r(dy: Tensor, x: Tensor, dr: Tensor, weight: Weight, gates:
     )  # fmt: skip
 
 
+def _bwd_x_tile(dy: Tensor, x: Tensor, weight: Weight) -> Tile:
+    n, k = weight.w.shape
+    matrices = ((dy, weight.rows), (x, weight.columns), (weight.w, None))
+    if not aligned((n, k), *matrices):
+        row = "bwd_x_odd"
+    else:
+        row = "bwd_x_map" if weight.mapped else "bwd_x"
+    return gemm_tile(row, x, x.shape[0], n, k)
+
+
 def bwd_r_tile(tile: Tile) -> Tile:
-    """Return the closed-row kernel's tile: dx's row tiles, 64 rows of w, short steps."""
-    return tile._replace(n=64, k=32)
+    """Return the closed-row kernel's tile: dx's row tiles, up to 64 rows of w, short steps."""
+    return tile._replace(n=min(tile.m, 64), k=32)
 
 
 def gated_matmul_bwd_w(
@@ -377,7 +387,8 @@ def gated_matmul_bwd_w(
     rows, columns = weight.rows, weight.columns
     dy, _ = gather_columns(dy, rows, always=True)
     x, _ = gather_columns(x, columns, always=True)
-    tile = gemm_tile("bwd_w_odd" if n % ALIGN or k % ALIGN else "bwd_w", x, m, n, k)
+    whole = aligned((n, k), (dy, None), (x, None), (weight.w, None))
+    tile = gemm_tile("bwd_w" if whole else "bwd_w_odd", x, m, n, k)
     tiles_n, tiles_k = cdiv(n, tile.n), cdiv(k, tile.k)
     dw = torch.empty(n, k, dtype=x.dtype, device=x.device)
     dc = _partial(x, tiles_n, k_in, columns) if wanted[0] else None

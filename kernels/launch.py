@@ -54,11 +54,22 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "cdna": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
-    # Sizes that are no multiples of `ALIGN`: a load and an address per element.
+    # What is not `aligned`: an address and a load per element, in whatever strides.
+    ("fwd_odd", 16): {
+        **dict.fromkeys(FAMILIES, (Tile(64, 64, 32, 8, 3),)),
+        "consumer": (Tile(64, 64, 32, 4, 3),),
+        "cdna": (Tile(16, 32, 32, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x_odd", 16): {
+        **dict.fromkeys(FAMILIES, (Tile(64, 64, 64, 8, 3),)),
+        "cdna": (Tile(16, 16, 32, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
     ("bwd_w_odd", 16): {
-        **dict.fromkeys(FAMILIES, (Tile(64, 64, 64, 4, 4),)),
+        **dict.fromkeys(FAMILIES, (Tile(64, 64, 64, 8, 3),)),
         "consumer": (Tile(64, 64, 64, 4, 3),),
-        "cdna": (Tile(64, 64, 64, 4, 2),),
+        "cdna": (Tile(32, 32, 32, 4, 2),),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
     # With index maps: an address per element of what is gathered or scattered, so smaller tiles;
@@ -103,9 +114,20 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "cdna": (Tile(32, 32, 64, 4, 2),),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
+    ("fwd_odd", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3),)),
+        "cdna": (Tile(16, 32, 32, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
+    ("bwd_x_odd", 32): {
+        **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
+        "cdna": (Tile(16, 32, 32, 4, 2),),
+        "interpreter": (Tile(32, 64, 64, 4, 1),),
+    },
     ("bwd_w_odd", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 32, 64, 4, 3),)),
-        "cdna": (Tile(32, 32, 64, 4, 2),),
+        **dict.fromkeys(("hopper", "blackwell"), (Tile(32, 32, 32, 4, 3),)),
+        "cdna": (Tile(32, 32, 32, 4, 2),),
         "interpreter": (Tile(64, 32, 64, 4, 1),),
     },
     ("fwd_map", 32): {
@@ -123,6 +145,8 @@ GATHER_ROWS = 64
 # as every program leaves a row of fp32 sums behind.
 STREAM = {"BLOCK_M": 32, "BLOCK": 256, "num_warps": 4}
 SUMS = {**STREAM, "STEPS": 4}
+# What is not `aligned` takes an address for each element.
+STREAM_ODD, SUMS_ODD = {**STREAM, "BLOCK": 32}, {**SUMS, "BLOCK": 64}
 REDUCE = {"BLOCK": 64, "BLOCK_T": 32, "num_warps": 4}
 # One row, or one gate vector, a program, in chunks.
 ROW_WISE = {"BLOCK": 1024, "num_warps": 4}
@@ -149,6 +173,22 @@ def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def aligned(sizes: tuple[int, ...], *matrices: tuple[Tensor, Tensor | None]) -> bool:
+    """Return whether matrices can come in 16-byte loads, which takes another row of `GEMM`.
+
+    Args:
+        sizes: the sizes along rows of matrices, and of what is stored.
+        matrices: each with the index map of its columns, None if it has all; one that has a map may
+            have rows of any length, as it is gathered or scattered.
+    """
+    return all(size % ALIGN == 0 for size in sizes) and all(
+        t.stride(1) == 1
+        and t.data_ptr() % 16 == 0
+        and (index is not None or t.stride(0) % ALIGN == 0)
+        for t, index in matrices
+    )
 
 
 def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:

@@ -72,7 +72,9 @@ def norm_gather_fwd(
 
 
 def gather_columns(x: Tensor, columns: Tensor | None, always: bool = False) -> tuple[Tensor, bool]:
-    """Return x [M, kept], and whether it was gathered: few tokens are left to the GEMM's loads."""
-    if columns is None or not (always or x.shape[0] > GATHER_ROWS):
-        return x, False
-    return norm_gather_fwd(x, columns), True
+    """Return x [M, kept] and True, or x as it is and False: few tokens the GEMM's loads gather."""
+    if columns is None:
+        return x, True
+    if always or x.shape[0] > GATHER_ROWS:
+        return norm_gather_fwd(x, columns), True
+    return x, False

@@ -168,9 +168,12 @@ def second_stage(n: int, k: int, size: int, row_tiles: int, column_tiles: int) -
     }
 
 
-def fold(n: int, k: int, size: int) -> Traffic:
-    """Return the traffic of w' = (r cᵀ) ⊙ w and b' = r ⊙ b, sampled, all gates open."""
-    tiles_n, tiles_k = cdiv(n, STREAM["BLOCK_M"]), cdiv(k, STREAM["BLOCK"])
+def fold(n: int, k: int, size: int, block: int = STREAM["BLOCK"]) -> Traffic:
+    """Return the traffic of w' = (r cᵀ) ⊙ w and b' = r ⊙ b, sampled, all gates open.
+
+    A program takes ``block`` columns of w.
+    """
+    tiles_n, tiles_k = cdiv(n, STREAM["BLOCK_M"]), cdiv(k, block)
     return {
         "w": _flow(size, n * k, loads=1),
         "b": _flow(size, n, loads=1),
@@ -184,9 +187,9 @@ def fold(n: int, k: int, size: int) -> Traffic:
     }
 
 
-def fold_again(n: int, k: int, size: int) -> Traffic:
+def fold_again(n: int, k: int, size: int, block: int = STREAM["BLOCK"]) -> Traffic:
     """Return the traffic of w' in backward, from the values that the forward drew."""
-    tiles_n, tiles_k = cdiv(n, STREAM["BLOCK_M"]), cdiv(k, STREAM["BLOCK"])
+    tiles_n, tiles_k = cdiv(n, STREAM["BLOCK_M"]), cdiv(k, block)
     return {
         "w": _flow(size, n * k, loads=1),
         "r": _flow(4, n, loads=tiles_k),

@@ -26,25 +26,39 @@ JOBS = {job.key: job for job in aot.jobs()}
 COMPILED_TOGETHER = list(dict.fromkeys((job.target, job.variant) for job in JOBS.values()))
 
 
-def is_gemm(key: str) -> bool:
-    return re.match(r"gated_matmul_(fwd|bwd_x|bwd_w|bwd_r)", key) is not None
+GEMMS = re.compile(r"gated_matmul_(fwd|bwd_[xwr])\b")
+MATRICES = {"x", "w", "dy", "y", "dx", "residual"}
 
 
-def may_gather(job: aot.Job) -> bool:
-    """Whether a form has an index map, or sizes that rule 16-byte loads out."""
-    variant = aot.VARIANTS[job.variant]
-    maps = ("rows_ptr", "columns_ptr")
-    return not variant.divisible or any(
-        variant.constants.get(name, "") is not None for name in maps
-    )
+def by_element(variant: aot.Variant) -> set[str]:
+    """The matrices whose features are addressed one by one, through an index map."""
+    rows, columns = (f"{side}_ptr" in variant.operands("bf16") for side in ("rows", "columns"))
+    in_loads = not variant.constants.get("GATHERED", True)
+    kernel = variant.kernel.fn.__name__
+    if kernel == "_gated_matmul_fwd_kernel":
+        found = {"residual": rows, "x": columns and in_loads}
+    elif kernel == "_gated_matmul_bwd_x_kernel":
+        found = {"y": rows, "dy": rows and in_loads, "x": columns}
+    elif kernel == "_gated_matmul_bwd_r_kernel":
+        found = {"dy": rows, "x": columns and in_loads}
+    else:
+        found = {}
+    return {name for name, mapped in found.items() if mapped}
 
 
-def test_every_kernel_and_dtype_is_compiled() -> None:
-    """In one variant of each kernel at least; fp16 has few, see `aot.VARIANTS`."""
-    forms = {(aot.VARIANTS[job.variant].kernel, job.target, job.dtype) for job in JOBS.values()}
-    for kernel, targets in itertools.product({v.kernel for v in aot.VARIANTS}, aot.TARGETS):
+def test_every_row_of_the_launch_table_is_compiled_for_every_kernel_and_dtype() -> None:
+    """All tiles of a row, in one variant of each kernel at least; fp16 has few, see `VARIANTS`."""
+    compiled = set()
+    for job in JOBS.values():
+        variant = aot.VARIANTS[job.variant]
+        if not variant.few:
+            table = variant.table if isinstance(variant.table, str) else ""
+            compiled.add((variant.kernel, table, job.target, job.dtype))
+    assert {variant.row for variant in aot.VARIANTS} - {None} == {row for row, _ in GEMM}
+    for kernel, table in {(kernel, table) for kernel, table, *_ in compiled}:
         only = ("fp32",) if "open_mass" in kernel.fn.__name__ else aot.DTYPES
-        assert all((kernel, targets, dtype) in forms for dtype in only), kernel
+        for target, dtype in itertools.product(aot.TARGETS, only):
+            assert (kernel, table, target, dtype) in compiled
 
 
 def test_no_kernel_adds_in_an_order_of_its_own() -> None:
@@ -60,22 +74,58 @@ def test_the_committed_table_is_that_of_the_launch_table() -> None:
     assert list(ROWS) == list(JOBS)
 
 
-def assert_within_the_devices_means(job: aot.Job, row: dict[str, int]) -> None:
+def assert_within_the_devices_means(job: aot.Job, row: aot.Resources) -> None:
     key = job.key
     assert row["spills"] == 0, key
     assert row["shared"] <= aot.TARGETS[job.target].shared, key
     assert row["registers"] <= (512 if job.target == "gfx942" else 255), key
-    if is_gemm(key) or key.startswith("fold"):
-        odd = not aot.VARIANTS[job.variant].divisible
-        assert odd or row["loads16"] > 0, f"{key}: operands come in 16-byte loads"
-    if is_gemm(key) and not may_gather(job):
-        assert row["loads2"] <= 1, f"{key}: nothing but the bias comes by elements"
-    if not is_gemm(key) or job.dtype == "fp32" and "[tf32]" not in key:
+    assert_wide_loads(job, row)
+    if not GEMMS.match(key) or job.dtype == "fp32" and "[tf32]" not in key:
         return
     assert row["mma"] + row["wgmma"] > 0, f"{key}: no tensor-core instruction"
     output_rows = job.options["BLOCK_N" if "bwd_w" in key else "BLOCK_M"]
     if job.target == "sm_90" and output_rows >= 64:
         assert row["wgmma"] > 0, key
+
+
+def assert_wide_loads(job: aot.Job, row: aot.Resources) -> None:
+    """Every load of every matrix is of 16 bytes, but through an index map and of what is odd."""
+    variant = aot.VARIANTS[job.variant]
+    if variant.odd or not (GEMMS.match(job.key) or job.key.startswith("fold")):
+        return
+    assert "unknown" not in row["loads"], job.key
+    wide = MATRICES - by_element(variant)
+    loaded = {name: widths for name, widths in row["loads"].items() if name in wide}
+    assert "w" in loaded or "dx" in loaded, job.key
+    assert {width for widths in loaded.values() for width in widths} == {"16"}, job.key
+
+
+@pytest.mark.parametrize("dtype", aot.DTYPES)
+@pytest.mark.parametrize("operand", ["x", "w"])
+def test_a_narrow_load_of_one_operand_is_seen(operand: str, dtype: str) -> None:
+    found = [job for job in JOBS.values() if (job.variant, job.dtype) == (0, dtype)]
+    for job in found:
+        row = ROWS[job.key]
+        assert_wide_loads(job, row)
+        narrow = {**row["loads"][operand], "4": 1}
+        with pytest.raises(AssertionError, match="gaussian"):
+            assert_wide_loads(job, {**row, "loads": {**row["loads"], operand: narrow}})
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("operand", ["x", "w"])
+def test_loads_are_told_apart_by_operand(
+    operand: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of any length of one matrix narrow its own loads, and nobody else's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    stride = {"x": "stride_xm", "w": "stride_wn"}[operand]
+    known = aot.Variant.multiples.fget
+    monkeypatch.setattr(aot.Variant, "multiples", property(lambda self: known(self) - {stride}))
+    found = [job for job in JOBS.values() if (job.variant, job.target) == (0, target)]
+    loads = aot.compile_job(next(job for job in found if job.dtype == "bf16"))["loads"]
+    assert set(loads[operand]) == {"2"}
+    assert set(loads[{"x": "w", "w": "x"}[operand]]) == {"16"}
 
 
 def test_committed_rows_are_within_the_devices_means() -> None:
@@ -128,18 +178,15 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_other_forms_compile(
     form: str, gates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forms that the launchers use beside the table's; inner strides that are not 1 with bf16."""
+    """Forms that the launchers use beside the table's, and gates in the operands' dtype."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, changes = FORMS[form]
     index = [variant.name for variant in aot.VARIANTS].index(name)
-    constants = {**aot.VARIANTS[index].constants, **changes}
-    if gates == "bf16":
-        for stride in ("stride_xk", "stride_wk", "stride_dyn"):
-            constants.pop(stride, None)
-        pointers = dict.fromkeys(("r_ptr", "c_ptr"), "bf16")
-        monkeypatch.setattr(aot, "POINTERS", {**aot.POINTERS, **pointers})
+    changed = aot.VARIANTS[index]._replace(
+        constants={**aot.VARIANTS[index].constants, **changes}, half=gates == "bf16"
+    )
     variants = list(aot.VARIANTS)
-    variants[index] = variants[index]._replace(constants=constants)
+    variants[index] = changed
     monkeypatch.setattr(aot, "VARIANTS", tuple(variants))
     jobs = [job for job in JOBS.values() if job.variant == index and job.target == "sm_90"]
     job = [job for job in jobs if job.dtype == "bf16"][-1]

@@ -136,6 +136,12 @@ class Operands:
         return launch.gemm_tile(kernel, self.case.x, *self.sizes[:3])
 
     @property
+    def block(self) -> int:
+        """Columns of w that a program of the fold takes."""
+        whole = launch.aligned(self.sizes[1:3], (self.case.w, None))
+        return (launch.STREAM if whole else launch.STREAM_ODD)["BLOCK"]
+
+    @property
     def values(self) -> Gates:
         _, n, k, _ = self.sizes
         return Gates(row="value", column="value", r=torch.full((n,), 0.5), c=torch.full((k,), 0.5))
@@ -227,13 +233,13 @@ class Operands:
         tensors = tensors_of(self.case)
         del tensors["x"]
         tensors |= {"folded": folded, "folded_bias": bias, "r": gates.r, "c": gates.c}
-        return Counted("fold_fwd", traffic.fold(*self.sizes[1:]), tensors)
+        return Counted("fold_fwd", traffic.fold(*self.sizes[1:], self.block), tensors)
 
     def fold_again(self) -> Counted:
         gates = self.values
         folded, _ = fold.fold_fwd(self.case.w, None, gates)
         tensors = {"w": self.case.w, "r": gates.r, "c": gates.c, "folded": folded}
-        return Counted("fold_fwd", traffic.fold_again(*self.sizes[1:]), tensors)
+        return Counted("fold_fwd", traffic.fold_again(*self.sizes[1:], self.block), tensors)
 
     def folded_sums(self) -> Counted:
         m, n, k, _ = self.sizes
