@@ -32,7 +32,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
             Tile(64, 64, 64, 4, 4),
             Tile(16, 32, 128, 4, 5),
         ),
-        "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 128, 4, 3)),
+        "blackwell": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(16, 32, 64, 4, 4)),
         "ampere": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(16, 32, 128, 4, 5)),
         "consumer": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), Tile(16, 32, 128, 4, 4)),
         "cdna": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
@@ -43,7 +43,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "blackwell": (Tile(128, 64, 128, 8, 4), Tile(64, 64, 64, 4, 4)),
         "ampere": (Tile(128, 64, 128, 8, 3), Tile(64, 64, 64, 4, 4)),
         "consumer": (Tile(128, 32, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
-        "cdna": (Tile(128, 64, 128, 8, 2), Tile(64, 64, 64, 4, 2)),
+        "cdna": (Tile(128, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_w", 16): {
@@ -80,7 +80,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
         "blackwell": (Tile(128, 64, 64, 8, 3), Tile(32, 32, 64, 4, 4), Tile(16, 16, 256, 4, 4)),
         "ampere": (Tile(128, 64, 64, 8, 3), Tile(32, 64, 64, 4, 4), Tile(16, 16, 128, 4, 5)),
         "consumer": (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 16, 128, 4, 5)),
-        "cdna": (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 16, 128, 4, 2)),
+        "cdna": (Tile(128, 16, 128, 4, 2), Tile(16, 32, 128, 4, 1)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
     ("bwd_x_map", 16): {
@@ -94,7 +94,7 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     # fp32 runs on the FMA units, bit-faithful to PyTorch's default: registers set the tile.
     ("fwd", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
-        "consumer": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 3)),
+        "consumer": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
         "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
@@ -133,7 +133,8 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     ("fwd_map", 32): {
         **dict.fromkeys(FAMILIES, (Tile(32, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3))),
         "ampere": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 3)),
-        "cdna": (Tile(32, 64, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+        "consumer": (Tile(32, 32, 32, 4, 3), Tile(16, 32, 64, 4, 3)),
+        "cdna": (Tile(32, 32, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
         "interpreter": (Tile(32, 64, 64, 4, 1),),
     },
 }
@@ -144,12 +145,13 @@ GATHER_ROWS = 64
 # Rows and columns that a program of the streaming kernels takes; of sums over rows so many steps,
 # as every program leaves a row of fp32 sums behind.
 STREAM = {"BLOCK_M": 32, "BLOCK": 256, "num_warps": 4}
-SUMS = {**STREAM, "STEPS": 4}
+SUMS = {**STREAM, "STEPS": 4, "num_warps": 8}
 # What is not `aligned` takes an address for each element.
-STREAM_ODD, SUMS_ODD = {**STREAM, "BLOCK": 32}, {**SUMS, "BLOCK": 64}
+STREAM_ODD = {**STREAM, "BLOCK": 32, "num_warps": 8}
+SUMS_ODD = {**SUMS, "BLOCK": 64, "num_warps": 4}
 REDUCE = {"BLOCK": 64, "BLOCK_T": 32, "num_warps": 4}
 # One row, or one gate vector, a program, in chunks.
-ROW_WISE = {"BLOCK": 1024, "num_warps": 4}
+ROW_WISE = {"BLOCK": 1024, "num_warps": 8}
 # Multiply-add contraction, Triton's default until 3.10, where it asks to be told.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
