@@ -19,20 +19,41 @@ import torch
 from torch import Tensor
 
 
-def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, magnitude: float = 0.0) -> None:
-    """Assert max|ours - exact| <= 2 max|plain - exact| + eps max|exact| + eps₃₂ magnitude.
+def assert_no_worse(
+    ours: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    magnitude: float = 0.0,
+    stored: Tensor | None = None,
+) -> None:
+    """Assert that ours errs by no more than twice plain and what plain has no part in.
+
+    max|ours - exact| ≤
+        2 max|plain - exact| + eps max|exact| + eps₃₂ magnitude + max|stored - exact|
 
     The second term is the first again for a plain result that is exact by luck: storing the largest
-    value costs up to eps / 2 of it, whoever computes. The third does the same for the fp32 sums
-    behind a few outputs: one rounding of a partial sum costs up to eps₃₂ / 2 of ``magnitude``.
+    value costs up to eps / 2 of it, whoever computes.
+
+    The third does the same for the fp32 sums behind a few outputs, and behind sums that plain forms
+    in another order. With u = eps₃₂ / 2 one rounding of a partial sum s costs up to u |s|. Adding n
+    products of mean 0 and deviation σ one after the other, as a GEMM does, the partial sums are
+    σ √j, and n independent roundings within ± u σ √j add up to a deviation of
+    u σ √(Σ j / 3) = u σ n / √6: with Σ|products| ≈ 0.64 n σ it is 0.64 u magnitude whatever n is,
+    and the term is three of them. Pairs of sums, as of ``Tensor.sum``, err √n less.
+
+    The fourth is for an operand that ours stores rounded, such as a weight with its gates folded in
+    or the y that a gradient is computed from: the exact result moves by that much, whoever computes
+    with it. Plain may store none, or may be lucky with its own where outputs are few.
 
     Args:
         ours: the result under test.
         plain: the same formula in plain PyTorch at the same dtype.
         exact: the same formula in fp64, from the same (already rounded) operands. For fp64 results
             it is no better than they are: compare those with a relative difference.
-        magnitude: the largest sum of absolute products, max Σ|x||w|; for tests that draw a few
-            outputs over and over, 0 otherwise.
+        magnitude: the largest sum of absolute products, max Σ|x||w|; of sums over independent sums
+            the root of the sum of squares. For tests that draw a few outputs over and over and for
+            another order, 0 otherwise.
+        stored: ``exact``, but from the operand as ours stores it.
     """
     assert ours.dtype == plain.dtype, f"dtype {ours.dtype} instead of {plain.dtype}"
     assert ours.shape == plain.shape == exact.shape, f"shape {ours.shape} not {exact.shape}"
@@ -43,6 +64,8 @@ def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, magnitude: float
     allowed = 2.0 * (plain.double() - exact).abs().max().item()
     allowed += torch.finfo(plain.dtype).eps * exact.abs().max().item()
     allowed += torch.finfo(torch.float32).eps * magnitude
+    if stored is not None:
+        allowed += (stored - exact).abs().max().item()
     # A NaN anywhere makes the comparison false.
     assert error <= allowed, f"error {error:.3e} above the allowed {allowed:.3e}"
 

@@ -26,6 +26,34 @@ def test_rule_leaves_one_rounding_when_plain_is_exact(dtype: torch.dtype) -> Non
         assert_no_worse(plain + 2 * eps, plain, exact)
 
 
+def test_rule_counts_the_roundings_of_a_sum_that_plain_forms_otherwise() -> None:
+    exact = torch.tensor([1.0], dtype=torch.float64)
+    plain, eps = exact.float(), torch.finfo(torch.float32).eps
+    assert_no_worse(plain + 40 * eps, plain, exact, magnitude=39.0)
+    with pytest.raises(AssertionError, match="above the allowed"):
+        assert_no_worse(plain + 41 * eps, plain, exact, magnitude=39.0)
+
+
+def test_sums_of_products_err_as_derived() -> None:
+    """0.64 u Σ|products| for products of mean 0 added one after the other, for any number."""
+    for n in (64, 1024):
+        products = torch.randn(n, 2000) * torch.randn(n, 2000)
+        total = torch.zeros(2000)
+        for product in products:
+            total += product
+        error = (total.double() - products.double().sum(0)).square().mean().sqrt()
+        u = torch.finfo(torch.float32).eps / 2
+        assert 0.3 < error / (u * products.abs().sum(0).mean()) < 0.64
+
+
+def test_rule_moves_with_an_operand_that_is_stored() -> None:
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    plain, stored = exact.float(), exact + 1e-3
+    assert_no_worse(plain + 1e-3, plain, exact, stored=stored)
+    with pytest.raises(AssertionError, match="above the allowed"):
+        assert_no_worse(plain + 1.1e-3, plain, exact, stored=stored)
+
+
 def test_rule_of_models_takes_twice_the_plain_mean_and_no_more() -> None:
     exact = [torch.randn(3, 40, dtype=torch.float64) for _ in range(2)]
     noise = [1e-4 * torch.randn(3, 40) for _ in range(2)]

@@ -54,7 +54,7 @@ DTYPE_IDS = ["fp32", "fp16", "bf16"][: len(DTYPES)]
 DISTRIBUTIONS = ["gaussian", "hard_concrete", "ranking"]
 SHAPES = full(
     [(65, 129, 200), (1, 768, 768), (33, 768, 3072), (1000, 2048, 2048), (4096, 768, 768)],
-    [(65, 49, 70)],
+    [(65, 17, 33)],
 )
 
 
