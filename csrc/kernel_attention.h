@@ -100,13 +100,12 @@ struct Panels {
     return values + column * value_units + units_of<T>(key - first) * kPanel;
   }
   void pack(const Attention& t, int64_t batch, int64_t group) const {
-    alignas(kAlign) float row[kPackRow];
     const int64_t tokens = t.tokens() - first, stride = t.head_dim * sizeof(T);
     const auto from = [&](uint8_t* cache) {
       return reinterpret_cast<const uint8_t*>(cached<T>(t, cache, batch, group, first));
     };
-    pack_keys<T>(from(t.keys), stride, tokens, t.head_dim, keys, row);
-    pack_values<T>(from(t.values), stride, tokens, t.head_dim, values, row);
+    pack_keys<T>(from(t.keys), stride, tokens, t.head_dim, keys);
+    pack_values<T>(from(t.values), stride, tokens, t.head_dim, values);
   }
 };
 
@@ -160,7 +159,11 @@ void soften_row(Rows& rows, int64_t r, int64_t keys, int64_t padded, const uint8
     mask[i] = kept == nullptr || kept[i] != 0 ? 0.0f : -__builtin_inff();
   }
   end_mask(mask, keys);
-  const float shrink = soften(s, mask, keys, scale, rows.most + r, rows.sum + r);
+  const float before = rows.most[r];
+  rows.most[r] = raise_maximum(s, mask, keys, scale, before);
+  const float sum = exponentials<false>(s, keys, rows.most[r]);
+  const float shrink = shrinkage(before, rows.most[r]);
+  rows.sum[r] = __builtin_fmaf(rows.sum[r], shrink, sum);
   float* const y = rows.y + r * kMaxHeadSize;
   for (int64_t i = 0; i < head_dim; ++i) y[i] *= shrink;
 }

@@ -48,6 +48,7 @@ struct Avx512 {
   static F load(const uint16_t* p) { return load16(p, kChunk); }
   static void store(uint16_t* p, F x) { store16(p, x, kChunk); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
   static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -123,6 +124,35 @@ struct Avx512 {
 #endif
     if (valid >= kChunk) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << valid) - 1), half);
+  }
+
+  // Columns of 16 rows, `stride` bytes apart, as rows, kPanel apart: at step s, lanes with bit s of
+  // one row change places with lanes without it of the row s further on.
+  static void transpose(float* out, const uint8_t* in, int64_t stride, int64_t columns) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    F value[kChunk];
+#pragma GCC unroll 16
+    for (int r = 0; r < kChunk; ++r)
+      value[r] = load(reinterpret_cast<const float*>(in + r * stride));
+#pragma GCC unroll 4
+    for (int s = 1; s < kChunk; s *= 2) {
+      const __m512i step = _mm512_set1_epi32(s);
+      const __mmask16 set = _mm512_test_epi32_mask(lane, step);
+      const __m512i low = _mm512_mask_add_epi32(lane, set, lane, _mm512_set1_epi32(kChunk - s));
+      const __m512i high =
+          _mm512_mask_add_epi32(_mm512_add_epi32(lane, step), set, lane, _mm512_set1_epi32(kChunk));
+#pragma GCC unroll 16
+      for (int r = 0; r < kChunk; ++r) {
+        if (r & s) continue;
+        const F first = value[r], second = value[r + s];
+        value[r] = _mm512_permutex2var_ps(first, low, second);
+        value[r + s] = _mm512_permutex2var_ps(first, high, second);
+      }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kChunk; ++c) {
+      if (c < columns) store(out + c * kPanel, value[c]);
+    }
   }
 
   // Compress in a register and store all 16 lanes: vpcompressd to memory is microcoded on Zen 4.

@@ -26,22 +26,19 @@ void layer_norm(const LayerNorm& norm, int64_t first_row, int64_t rows, float* s
     for (int64_t i = 0; i < padded; i += 2 * Vec::kLanes) {
       for (int v = 0; v < 2; ++v) sum[v] = Vec::add(sum[v], Vec::load(row + i + v * Vec::kLanes));
     }
-    const F mean = Vec::set(Vec::sum(Vec::add(sum[0], sum[1])) / static_cast<float>(n));
+    const float mean = Vec::sum(Vec::add(sum[0], sum[1])) / static_cast<float>(n);
+    for (int64_t i = n; i < padded; ++i) row[i] = mean;
     F square[2] = {Vec::zero(), Vec::zero()};
-    for (int64_t i = 0; i < padded; i += Vec::kLanes) {
-      Vec::store(row + i, Vec::sub(Vec::load(row + i), mean));
-    }
-    for (int64_t i = n; i < padded; ++i) row[i] = 0.0f;
     for (int64_t i = 0; i < padded; i += 2 * Vec::kLanes) {
       for (int v = 0; v < 2; ++v) {
-        const F d = Vec::load(row + i + v * Vec::kLanes);
+        const F d = Vec::sub(Vec::load(row + i + v * Vec::kLanes), Vec::set(mean));
         square[v] = Vec::fma(d, d, square[v]);
       }
     }
     const float variance = Vec::sum(Vec::add(square[0], square[1])) / static_cast<float>(n);
     const F scale = Vec::set(1.0f / __builtin_sqrtf(variance + norm.eps));
     for (int64_t i = 0; i < padded; i += Vec::kLanes) {
-      const F scaled = Vec::mul(Vec::load(row + i), scale);
+      const F scaled = Vec::mul(Vec::sub(Vec::load(row + i), Vec::set(mean)), scale);
       Vec::store(row + i, Vec::fma(scaled, Vec::load(weight + i), Vec::load(bias + i)));
     }
     write_row(x, row, n);
@@ -53,11 +50,15 @@ void layer_norm_any(const LayerNorm& norm, int64_t first_row, int64_t rows, floa
   layer_norm<uint16_t>(norm, first_row, rows, scratch);
 }
 
-// One row of the mask as numbers to add to the scores.
+// One row of the mask as numbers to add to the scores, times log2(e): what hides a key stays what
+// it is.
 void read_mask_row(const SelfAttention& a, int64_t sequence, int64_t head, int64_t row,
                    float* out) {
   const uint8_t* const mask =
       a.mask + sequence * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
+  const auto scale = [&] {
+    for (int64_t i = 0; i < a.length; ++i) out[i] *= out[i] <= kMasked / 2 ? 1.0f : kLog2E;
+  };
   switch (a.mask_type) {
     case Mask::kNone:
       for (int64_t i = 0; i < a.length; ++i) out[i] = 0.0f;
@@ -67,9 +68,10 @@ void read_mask_row(const SelfAttention& a, int64_t sequence, int64_t head, int64
       break;
     case Mask::kAddF32:
       read_row(out, reinterpret_cast<const float*>(mask), a.length);
-      break;
+      return scale();
     case Mask::kAddBf16:
       read_row(out, reinterpret_cast<const uint16_t*>(mask), a.length);
+      return scale();
   }
 }
 
@@ -84,7 +86,7 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
   float* const x = scratch + at.x;
   float* const p = scratch + at.p;
   float* const c = scratch + at.c;
-  float most[kRows], total[kRows];
+  float before[kRows], most[kRows], total[kRows];
   const bool one_mask = a.mask_type == Mask::kNone || a.mask_strides[2] == 0;
   int64_t keys = a.length;
   if (one_mask) {
@@ -95,10 +97,10 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
   }
   for (int64_t first = 0; first < keys; first += kPRow) {
     const int64_t count = keys - first < kPRow ? keys - first : kPRow;
-    pack_keys<T>(a.k + offset + first * a.stride, a.stride, count, d, scratch + at.keys + first * d,
-                 x);
+    pack_keys<T>(a.k + offset + first * a.stride, a.stride, count, d,
+                 scratch + at.keys + first * d);
     pack_values<T>(a.v + offset + first * a.stride, a.stride, count, d,
-                   scratch + at.values + first * padded, x);
+                   scratch + at.values + first * padded);
   }
   const int64_t tiles = (a.length + kRows - 1) / kRows;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
@@ -118,10 +120,13 @@ void self_attention(const SelfAttention& a, int64_t sequence, int64_t head, floa
                          false);
       for (int64_t r = 0; r < rows; ++r) {
         const float* const row_mask = mask + (one_mask ? 0 : r * at.mask_stride) + first;
-        const float shrink = soften(p + r * kPRow, row_mask, count, a.scale, most + r, total + r);
-        if constexpr (kPairs<T>) {  // never ahead of what it reads
-          write_row(reinterpret_cast<uint16_t*>(p + r * kPRow), p + r * kPRow, count + count % 2);
-        }
+        before[r] = most[r];
+        most[r] = raise_maximum(p + r * kPRow, row_mask, count, a.scale, before[r]);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const float sum = exponentials<kPairs<T>>(p + r * kPRow, count, most[r]);
+        const float shrink = first == 0 ? 0.0f : shrinkage(before[r], most[r]);
+        total[r] = __builtin_fmaf(total[r], shrink, sum);
         if (first == 0) continue;
         for (int64_t i = 0; i < padded; i += Vec::kLanes) {
           float* const value = c + r * padded + i;

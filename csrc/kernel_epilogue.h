@@ -10,26 +10,43 @@ namespace {
 using F = Vec::F;
 constexpr int kPanelVecs = kPanel / Vec::kLanes;
 
-// exp(x) for x in [-87, 88], 2 ulp: 2^n e^r with |r| <= ln(2) / 2. A NaN stays one.
-FG_INLINE F exp(F x) {
-  x = Vec::min(Vec::set(88.0f), Vec::max(Vec::set(-87.0f), x));
-  const F shifted = Vec::fma(x, Vec::set(1.44269504f), Vec::set(12582912.0f));  // 1.5 * 2^23
-  const F n = Vec::sub(shifted, Vec::set(12582912.0f));
-  F r = Vec::fma(n, Vec::set(-0.693359375f), x);
-  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
-  F p = Vec::fma(Vec::set(1.98756915e-4f), r, Vec::set(1.39819995e-3f));
-  p = Vec::fma(p, r, Vec::set(8.33345191e-3f));
-  p = Vec::fma(p, r, Vec::set(4.16657963e-2f));
-  p = Vec::fma(p, r, Vec::set(1.66666655e-1f));
-  p = Vec::fma(p, r, Vec::set(5.00000012e-1f));
-  p = Vec::fma(p, Vec::mul(r, r), Vec::add(r, Vec::set(1.0f)));
+constexpr float kLog2E = 1.44269504f;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what it is added to is rounded to an integer
+
+// 2^(n + t) for an integer n from -126 to 127 and |t| <= 1/2, and 0 for n = -127; `shifted` is
+// n + kRound. Minimax polynomial of degree 6, relative error 2e-9.
+FG_INLINE F power(F shifted, F t) {
+  F p = Vec::fma(Vec::set(1.53533605e-4f), t, Vec::set(1.33988750e-3f));
+  p = Vec::fma(p, t, Vec::set(9.61843692e-3f));
+  p = Vec::fma(p, t, Vec::set(5.55033237e-2f));
+  p = Vec::fma(p, t, Vec::set(2.40226477e-1f));
+  p = Vec::fma(p, t, Vec::set(6.93147182e-1f));
+  p = Vec::fma(p, t, Vec::set(1.0f));
   return Vec::mul(p, Vec::power_of_two(shifted));
 }
 
-// x / (1 + exp(-s)); x is bounded below because exp() stops at e^88.
+// 2^x for x up to 127, 1.3 ulp, 0 below -126.5. A NaN stays one.
+FG_INLINE F exp2(F x) {
+  x = Vec::max(Vec::set(-127.0f), x);
+  const F shifted = Vec::add(x, Vec::set(kRound));
+  return power(shifted, Vec::sub(x, Vec::sub(shifted, Vec::set(kRound))));
+}
+
+// exp(x) for x up to 88, 1.5 ulp, 0 below -87.7. A NaN stays one.
+FG_INLINE F exp(F x) {
+  x = Vec::max(Vec::set(-88.0f), x);
+  const F shifted = Vec::fma(x, Vec::set(kLog2E), Vec::set(kRound));
+  const F n = Vec::sub(shifted, Vec::set(kRound));
+  F r = Vec::fma(n, Vec::set(-0.693359375f), x);
+  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
+  return power(shifted, Vec::mul(r, Vec::set(kLog2E)));
+}
+
+// x / (1 + exp(-s)); x is bounded below because exp() goes no further than e^88.
 FG_INLINE F times_sigmoid(F x, F s) {
   x = Vec::max(Vec::set(-1e4f), x);
-  return Vec::div(x, Vec::add(Vec::set(1.0f), exp(Vec::sub(Vec::zero(), s))));
+  return Vec::div(
+      x, Vec::add(Vec::set(1.0f), exp(Vec::min(Vec::set(88.0f), Vec::sub(Vec::zero(), s)))));
 }
 
 // max(x, 0) - |x| / 2 erfc(|x| / sqrt 2): no cancellation in the negative tail. erfc(z) is

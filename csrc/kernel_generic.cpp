@@ -27,6 +27,10 @@ struct Vec : ScalarChunks {
     for (int i = 0; i < kLanes; ++i) narrow(x[i], p + i);
   }
   static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+  static float largest(F x) {
+    const F pairs = max(x, F{x[2], x[3], x[0], x[1]});
+    return pairs[0] > pairs[1] ? pairs[0] : pairs[1];
+  }
   static F broadcast(const float* p) { return set(*p); }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }

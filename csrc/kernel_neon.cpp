@@ -30,6 +30,7 @@ struct Vec : ScalarChunks {
     for (int i = 0; i < kLanes; ++i) narrow(lanes[i], p + i);
   }
   static float sum(F x) { return vaddvq_f32(x); }
+  static float largest(F x) { return vmaxvq_f32(x); }
   static F broadcast(const float* p) { return vld1q_dup_f32(p); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }

@@ -4,42 +4,30 @@
 #pragma once
 
 #include "kernels.h"
+#include "scalar_chunks.h"
 
 namespace finegates {
 namespace {
 
 constexpr int kPRow = row_stride(Kind::kF32) / 4;  // floats from row to row of a tile's operand
-constexpr uint16_t kAllKept[kPRow / kChunk] = {
-    0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff,
-    0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff};
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Widens a row; up to the next multiple of kPanel it ends in zeros.
 template <class T>
 void read_row(float* out, const T* in, int64_t length) {
-  const int64_t whole = length / kChunk * kChunk;
-  for (int64_t at = 0; at < whole; at += kPRow) {
-    Vec::gather(out + at, in + at, kAllKept, whole - at < kPRow ? whole - at : kPRow);
-  }
-  for (int64_t at = whole; at < round_up(length, kPanel); ++at) out[at] = 0.0f;
-  const uint16_t rest = static_cast<uint16_t>((1u << (length - whole)) - 1);
-  if (rest != 0) Vec::gather(out + whole, in + whole, &rest, length - whole);
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= length; i += Vec::kLanes) Vec::store(out + i, Vec::load(in + i));
+  for (; i < length; ++i) out[i] = widen(in[i]);
+  for (; i < round_up(length, kPanel); ++i) out[i] = 0.0f;
 }
 
-// Rounds a row; `in` is readable up to the next multiple of kPanel.
+// Rounds a row; `out` may be `in`, as it is never ahead of what is read.
 template <class T>
 void write_row(T* out, const float* in, int64_t length) {
-  const Vec::Spread low = Vec::spread(0xffff, 0), high = Vec::spread(0xffff, kChunk);
-  for (; length > 0; length -= kPanel, in += kPanel, out += kPanel) {
-    const auto panel = Vec::load_panel(in);
-    if (length <= kChunk) {
-      Vec::write(out, Vec::expand(panel, low), static_cast<int>(length));
-    } else {
-      Vec::write_pair(out, Vec::expand(panel, low), Vec::expand(panel, high),
-                      length < kPanel ? static_cast<int>(length) - kChunk : kChunk);
-    }
-  }
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= length; i += Vec::kLanes) Vec::store(out + i, Vec::load(in + i));
+  for (; i < length; ++i) narrow(in[i], out + i);
 }
 
 // bf16 is multiplied in pairs where the level has a dot product, and widened to fp32 elsewhere.
@@ -47,10 +35,6 @@ template <class T>
 constexpr bool kPairs = sizeof(T) == 2 && Vec::kHasDot;
 template <class T>
 constexpr Kind kAttentionKind = kPairs<T> ? Kind::kDot : Kind::kF32;
-
-// Floats of one row of at most kMaxHeadSize features, two of them for pairs, with what gathering
-// writes past its end.
-constexpr int64_t kPackRow = kMaxHeadSize + kPanel;
 
 template <class T>
 constexpr int64_t units_of(int64_t length) {
@@ -62,53 +46,67 @@ template <class T>
 void read_operand(float* out, const T* in, int64_t length) {
   if constexpr (kPairs<T>) {
     uint16_t* const pairs = reinterpret_cast<uint16_t*>(out);
-    __builtin_memcpy(pairs, in, length * sizeof(T));
-    for (int64_t i = length; i < round_up(length, kPanel); ++i) pairs[i] = 0;
+    int64_t i = 0;
+    for (; i + kPanel <= length; i += kPanel) __builtin_memcpy(pairs + i, in + i, 2 * kPanel);
+    for (; i < length; ++i) pairs[i] = in[i];
+    for (; i < round_up(length, kPanel); ++i) pairs[i] = 0;
   } else {
     read_row(out, in, length);
   }
 }
 
 // Rows of k, `stride` bytes apart, as the weight of a tile: panels of 32 keys, a unit for each of d
-// features or pair of them. `row` holds kPackRow floats.
+// features or pair of them.
 template <class T>
-void pack_keys(const uint8_t* k, int64_t stride, int64_t keys, int64_t d, float* panels,
-               float* row) {
+void pack_keys(const uint8_t* k, int64_t stride, int64_t keys, int64_t d, float* panels) {
+  constexpr int64_t kFeatures = kPairs<T> ? 2 * kChunk : kChunk;
+  constexpr bool kAsItIs = sizeof(T) == sizeof(float) || kPairs<T>;  // whole chunks need no copy
   const int64_t units = units_of<T>(d);
-  for (int64_t j = 0; j < round_up(keys, kPanel); ++j) {
+  alignas(kAlign) float rows[kChunk + 1][kChunk];  // the last one for what read_operand() pads
+  for (int64_t j = 0; j < round_up(keys, kPanel); j += kChunk) {
     float* const panel = panels + j / kPanel * kPanel * units + j % kPanel;
-    if (j < keys) {
-      read_operand(row, reinterpret_cast<const T*>(k + j * stride), d);
-      for (int64_t u = 0; u < units; ++u) panel[u * kPanel] = row[u];
-    } else {
-      for (int64_t u = 0; u < units; ++u) panel[u * kPanel] = 0.0f;
+    for (int64_t at = 0; at < d; at += kFeatures) {
+      const int64_t features = d - at < kFeatures ? d - at : kFeatures;
+      float* const out = panel + units_of<T>(at) * kPanel;
+      const uint8_t* const in = k + j * stride + at * sizeof(T);
+      if (kAsItIs && j + kChunk <= keys && features == kFeatures) {
+        Vec::transpose(out, in, stride, kChunk);
+        continue;
+      }
+      for (int64_t i = 0; i < kChunk; ++i) {
+        if (j + i < keys) {
+          read_operand(rows[i], reinterpret_cast<const T*>(in + i * stride), features);
+        } else {
+          for (float& value : rows[i]) value = 0.0f;
+        }
+      }
+      Vec::transpose(out, reinterpret_cast<const uint8_t*>(rows), sizeof(rows[0]),
+                     units_of<T>(features));
     }
   }
 }
 
 // Columns of v as the weight of a tile: panels of 32 features, a unit for each key or pair of them.
 template <class T>
-void pack_values(const uint8_t* v, int64_t stride, int64_t keys, int64_t d, float* panels,
-                 float* row) {
+void pack_values(const uint8_t* v, int64_t stride, int64_t keys, int64_t d, float* panels) {
   const int64_t units = units_of<T>(keys);
   for (int64_t u = 0; u < units; ++u) {
     float* unit = panels + u * kPanel;
-    if constexpr (kPairs<T>) {
-      uint16_t* const even = reinterpret_cast<uint16_t*>(row);
-      uint16_t* const odd = even + round_up(d, kPanel);
-      read_operand(row, reinterpret_cast<const T*>(v + 2 * u * stride), d);
-      const bool last = 2 * u + 1 == keys;  // an incomplete pair
-      const uint8_t* const next = v + (2 * u + (last ? 0 : 1)) * stride;
-      read_operand(reinterpret_cast<float*>(odd), reinterpret_cast<const T*>(next), last ? 0 : d);
-      for (int64_t i = 0; last && i < d; ++i) odd[i] = 0;
-      for (int64_t p = 0; p < d; p += kPanel, unit += units * kPanel) {
+    for (int64_t at = 0; at < d; at += kPanel, unit += units * kPanel) {
+      const int64_t features = d - at < kPanel ? d - at : kPanel;
+      const auto row = [&](int64_t key) {
+        return reinterpret_cast<const T*>(v + key * stride) + at;
+      };
+      if constexpr (kPairs<T>) {
+        uint16_t even[kPanel], odd[kPanel] = {};
+        read_operand(reinterpret_cast<float*>(even), row(2 * u), features);
+        if (2 * u + 1 < keys) {
+          read_operand(reinterpret_cast<float*>(odd), row(2 * u + 1), features);
+        }
         uint32_t* const pairs = reinterpret_cast<uint32_t*>(unit);
-        for (int i = 0; i < kPanel; ++i) pairs[i] = even[p + i] | uint32_t{odd[p + i]} << 16;
-      }
-    } else {
-      read_row(row, reinterpret_cast<const T*>(v + u * stride), d);
-      for (int64_t p = 0; p < d; p += kPanel, unit += units * kPanel) {
-        for (int i = 0; i < kPanel; i += Vec::kLanes) Vec::store(unit + i, Vec::load(row + p + i));
+        for (int i = 0; i < kPanel; ++i) pairs[i] = even[i] | uint32_t{odd[i]} << 16;
+      } else {
+        read_row(unit, row(u), features);
       }
     }
   }
@@ -143,38 +141,40 @@ void end_mask(float* mask, int64_t keys) {
   for (int64_t i = keys; i < round_up(keys, kPanel); ++i) mask[i] = -__builtin_inff();
 }
 
-FG_INLINE float largest_of(F lanes) {
-  float value[Vec::kLanes];
-  Vec::store(value, lanes);
-  for (int i = 1; i < Vec::kLanes; ++i) value[0] = value[i] > value[0] ? value[i] : value[0];
-  return value[0];
-}
-
-// p = exp(scale p + mask - max) over one block of keys, exactly 0 below e^-87 of the largest.
-// `most`, from kMasked, and `total` run over the blocks; returns by how much what came before has
-// to shrink. (Milakov & Gimelshein 2018, arXiv 1805.02867.)
-float soften(float* p, const float* mask, int64_t keys, float scale, float* most, float* total) {
-  const int64_t end = round_up(keys, Vec::kLanes);
-  F largest = Vec::set(*most);
-  for (int64_t i = 0; i < end; i += Vec::kLanes) {
-    const F x = Vec::fma(Vec::load(p + i), Vec::set(scale), Vec::load(mask + i));
+// The softmax of a row runs over blocks of keys: (1) p = log2(e) (scale p + mask), where the mask
+// comes times log2(e), and the new maximum; (2) p = 2^(p - maximum), and its sum; (3) what came
+// before shrinks. (Milakov & Gimelshein 2018, arXiv 1805.02867.)
+FG_INLINE float raise_maximum(float* p, const float* mask, int64_t keys, float scale,
+                              float maximum) {
+  F largest = Vec::set(maximum);
+  for (int64_t i = 0; i < keys; i += Vec::kLanes) {
+    const F x = Vec::fma(Vec::load(p + i), Vec::set(scale * kLog2E), Vec::load(mask + i));
     Vec::store(p + i, x);
     largest = Vec::max(x, largest);
   }
-  const float before = *most;
-  *most = largest_of(largest);
-  const F shift = Vec::set(*most), floor = exp(Vec::set(-87.0f));
+  return Vec::largest(largest);
+}
+
+// Exactly 0 below 2^-126.5 of the largest; bf16 if kShort.
+template <bool kShort>
+FG_INLINE float exponentials(float* p, int64_t keys, float maximum) {
   F sum = Vec::zero();
-  for (int64_t i = 0; i < end; i += Vec::kLanes) {
-    // Not max(e, 0): a NaN has to stay one.
-    const F e = Vec::max(Vec::zero(), Vec::sub(exp(Vec::sub(Vec::load(p + i), shift)), floor));
-    Vec::store(p + i, e);
+  for (int64_t i = 0; i < keys; i += Vec::kLanes) {
+    const F e = exp2(Vec::sub(Vec::load(p + i), Vec::set(maximum)));
+    if constexpr (kShort) {  // never ahead of what is read
+      Vec::store(reinterpret_cast<uint16_t*>(p) + i, e);
+    } else {
+      Vec::store(p + i, e);
+    }
     sum = Vec::add(sum, e);
   }
-  float factor[Vec::kLanes];
-  Vec::store(factor, exp(Vec::sub(Vec::set(before), shift)));
-  *total = __builtin_fmaf(*total, factor[0], Vec::sum(sum));
-  return factor[0];
+  return Vec::sum(sum);
+}
+
+FG_INLINE float shrinkage(float before, float maximum) {
+  float lanes[Vec::kLanes];
+  Vec::store(lanes, exp2(Vec::set(before - maximum)));
+  return lanes[0];
 }
 
 }  // namespace

@@ -46,6 +46,14 @@ struct ScalarChunks {
     return out;
   }
 
+  // Columns of 16 rows, `stride` bytes apart, as rows, kPanel apart.
+  static void transpose(float* out, const uint8_t* in, int64_t stride, int64_t columns) {
+    for (int r = 0; r < kChunk; ++r) {
+      const float* const row = reinterpret_cast<const float*>(in + r * stride);
+      for (int64_t c = 0; c < columns; ++c) out[c * kPanel + r] = row[c];
+    }
+  }
+
   static Spread spread(unsigned mask, int kept) { return {mask, kept}; }
   static const float* load_panel(const float* c) { return c; }
   static Chunk expand(const float* panel, Spread spread) {
