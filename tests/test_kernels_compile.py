@@ -1,7 +1,7 @@
 """Every kernel compiles for every target without a GPU, within the device's means.
 
 ``kernels/resources.json`` holds what each kernel × dtype × row of the launch table needs; all of it
-is compiled again here (eight minutes of one core, a test per target and kernel), as
+is compiled again here (minutes of one core: docs/kernels.md; a test per target and kernel), as
 ``python -m finegates.kernels.compile`` does.
 """
 
