@@ -16,6 +16,8 @@ TESTS = Path(__file__).parent
 FILES = [*sorted((TESTS / "interpreter").glob("test_*.py")), TESTS / "test_triton_gpu.py"]
 
 
+# The longest took 253 s of a busy core of a Zen 4.
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_interpreted(path: Path) -> None:
