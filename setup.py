@@ -36,8 +36,10 @@ PACKAGES = [
 ]
 BASE_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
-# Each file is compiled with what its level may use and nothing more. gcc 12 warns about its own
-# AVX-512 header (GCC bug 105593).
+# Each file is compiled with what its level may use and nothing more, and exports its table alone:
+# a personality routine for exceptions, which no kernel throws, would be a weak symbol beside it.
+# gcc 12 warns about its own AVX-512 header (GCC bug 105593).
+LEVEL_FLAGS = "-fno-exceptions"
 ISA_FLAGS = {
     "kernel_avx2.cpp": "-mavx2 -mfma",
     "kernel_avx512.cpp": f"{AVX512} -Wno-uninitialized -Wno-maybe-uninitialized",
@@ -112,10 +114,8 @@ def ninja_file(names: list[str], target: Path, cflags: str, ldflags: str) -> str
     for name in names:
         source = (ROOT / "csrc" / name).resolve()
         objects.append(escape(target.parent / f"{source.stem}.o"))
-        lines += [
-            f"build {objects[-1]}: compile {escape(source)}",
-            f"  isa = {ISA_FLAGS.get(source.name, '')}",
-        ]
+        level = f"{LEVEL_FLAGS} {ISA_FLAGS.get(name, '')}" if name.startswith("kernel_") else ""
+        lines += [f"build {objects[-1]}: compile {escape(source)}", f"  isa = {level}"]
     output = escape(target)
     lines += [f"build {output}: link {' '.join(objects)}", f"default {output}", ""]
     return "\n".join(lines)
