@@ -27,10 +27,11 @@ RATES = {
     "consumer": Rates(362e12, 0.86e12, 142),
     "cdna": Rates(1307e12, 5.3e12, 304),
 }
-# What cuBLAS reaches of the peak on large shapes, and Triton of cuBLAS by N K: 80-100 % above
-# 2688² and 21-38 % below 2048² on an H100 (triton#3672).
+# What cuBLAS reaches of the peak on large shapes, and Triton of cuBLAS: 0.8 to 1.0 at 2688³ to
+# 3072³ on an H100 (triton#3672). That issue's smaller products, from 256³ on, all take 80 to 90 µs
+# a call, which is the host's time and says nothing of the kernel.
 _CUBLAS = 0.7
-_TRITON = ((2688**2, 0.9), (2048**2, 0.6), (0, 0.3))
+_TRITON = 0.9
 _LAUNCH = 3e-6
 _FP32 = 16.0  # as much of the 16-bit rate as fp32 takes without tf32
 
@@ -48,7 +49,7 @@ class Layer(NamedTuple):
         """Return seconds of the forward; folding reads and writes w once more."""
         moved = compulsory(traffic.forward(*self._shape, self._tile("fwd")))
         fold = self._stream(compulsory(traffic.fold(*self._shape[1:])))
-        return self._gemm(moved, self._efficiency), self._gemm(traffic.gemm(*self._shape)) + fold
+        return self._gemm(moved, _TRITON), self._gemm(traffic.gemm(*self._shape)) + fold
 
     def backward(self, trains_weight: bool) -> tuple[float, float]:
         """Return seconds of the backward to x, both gates and the bias, and to w where trained.
@@ -64,18 +65,18 @@ class Layer(NamedTuple):
         if not trains_weight:
             moved = compulsory(traffic.backward(*self._shape, tile))
             tiles = cdiv(self.m, tile.m)
-            return self._gemm(moved, self._efficiency) + self._second_stage(tiles, tiles), folded
+            return self._gemm(moved, _TRITON) + self._second_stage(tiles, tiles), folded
         tile = self._tile("bwd_w")
         moved = compulsory(traffic.weight_gradient(*self._shape, tile))
-        fused = self._gemm(plain, self._efficiency) + self._gemm(moved, self._efficiency)
+        fused = self._gemm(plain, _TRITON) + self._gemm(moved, _TRITON)
         fused += self._second_stage(cdiv(self.k, tile.k), cdiv(self.n, tile.n))
         return fused, folded + self._gemm(plain) + again
 
     def compact(self, rows: int, columns: int) -> float:
         """Return seconds of a ranking step with a frozen weight on its living rows and columns.
 
-        What is left is filled up, gathered before each product, and as far from cuBLAS as any
-        product of its size. Torch's launches move little: bias, logits' room, sums.
+        What is left is filled up and gathered before each product. Torch's launches move little:
+        bias, logits' room, sums.
         """
         n, k = traffic.filled(rows, self.n), traffic.filled(columns, self.k)
         left = Layer(self.m, n, k, self.size, self.family)
@@ -84,7 +85,7 @@ class Layer(NamedTuple):
         forward = traffic.pruned(self.m, n, k, self.n, self.size, tile, gathered=True)
         tile = left._tile("bwd_x_map")
         backward = traffic.compact_backward(self.m, n, k, self.k, self.size, tile, gathered=True)
-        products = sum(left._gemm(compulsory(t), left._efficiency) for t in (forward, backward))
+        products = sum(left._gemm(compulsory(t), _TRITON) for t in (forward, backward))
         tiles = cdiv(self.m, tile.m)
         torch = sum(name.startswith("aten.") for way in LAUNCHES["compact"] for name in way)
         return gathers + products + left._second_stage(tiles, tiles) + torch * _LAUNCH
@@ -107,10 +108,6 @@ class Layer(NamedTuple):
     @property
     def _rates(self) -> Rates:
         return RATES[self.family]
-
-    @property
-    def _efficiency(self) -> float:
-        return next(share for size, share in _TRITON if self.n * self.k >= size)
 
     def _second_stage(self, row_tiles: int, column_tiles: int) -> float:
         moved = traffic.second_stage(self.n, self.k, self.size, row_tiles, column_tiles)

@@ -625,14 +625,14 @@ def test_choice_between_fused_and_fold_says_why() -> None:
         call = case.call()._replace(x=one.expand(m, k), w=one.expand(n, k), b=None)
         return _triton_gated.fused_why_not(call), _triton_gated.fold_why_not(call)
 
-    fused, fold = reasons(4096, 768, 768)
+    fused, fold = reasons(16384, 3072, 768)
     assert fold is None
     assert fused is not None
-    assert "folding is faster at 4096×768×768" in fused
+    assert "folding is faster at 16384×3072×768" in fused
     fused, fold = reasons(64, 2048, 8192)
     assert fused is None
     assert fold is not None
     assert "gates in the GEMM are faster at 64×2048×8192" in fold
-    fused, fold = reasons(4096, 768, 768, distribution="ranking", closed_grad=True)
+    fused, fold = reasons(16384, 3072, 768, distribution="ranking", closed_grad=True)
     assert fused is None
     assert fold == "closed gates get a gradient, which a folded weight has lost"
