@@ -269,6 +269,22 @@ def test_open_mass(distribution: str) -> None:
     )
 
 
+@pytest.mark.parametrize("values", [[0, 3], [2, 5], [0], [], [0, 4, 2, 5], [0, 6], [-1, 5]])
+def test_open_mass_refuses_offsets_that_leave_logits_out(values: list[int]) -> None:
+    """A kernel would write nothing for them, or leave the tensor."""
+    offsets = torch.tensor(values, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"offsets must rise from 0 to 5, got \["):
+        open_mass(torch.zeros(5), offsets, "gaussian", 0.5)
+
+
+def test_offsets_are_looked_at_again_when_they_change() -> None:
+    offsets = torch.tensor([0, 2, 5])
+    open_mass(torch.zeros(5), offsets, "gaussian", 0.5)
+    offsets[1] = 7
+    with pytest.raises(ValueError, match=r"offsets must rise from 0 to 5, got \[0, 7, 5\]"):
+        open_mass(torch.zeros(5), offsets, "gaussian", 0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

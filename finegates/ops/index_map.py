@@ -1,4 +1,4 @@
-"""Index maps: which features the positions of a compact or reordered operand are."""
+"""Index maps: which features the positions of a compact or reordered operand are; offsets."""
 
 from __future__ import annotations
 
@@ -37,8 +37,30 @@ def check_index_map(name: str, index: Tensor, size: int, device: torch.device) -
     trust_index_map(index, size)
 
 
+def check_offsets(offsets: Tensor, size: int, device: torch.device) -> None:
+    """Check where vectors start that lie one after the other in ``size`` elements, and their end.
+
+    The values are looked at as seldom as those of `check_index_map`.
+
+    Raises:
+        ValueError: another dtype than int64, not 1-D, another device, or the values don't rise from
+            0 to ``size``.
+    """
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.device != device:
+        raise ValueError(
+            f"offsets must be int64 1-D on {device}, got {offsets.dtype} {tuple(offsets.shape)} "
+            f"on {offsets.device}"
+        )
+    if _unreadable(offsets) or _is_known(offsets, size):
+        return
+    ends = offsets.new_tensor([0, size])
+    if not offsets.numel() or offsets[[0, -1]].ne(ends).any() or offsets.diff().lt(0).any():
+        raise ValueError(f"offsets must rise from 0 to {size}, got {offsets.tolist()}")
+    trust_index_map(offsets, size)
+
+
 def trust_index_map(index: Tensor, size: int) -> None:
-    """Take a map into ``size`` features for checked, as long as it doesn't change."""
+    """Take a map into ``size`` features, or offsets, for checked as long as they don't change."""
     if not index.is_inference():
         _seen[index] = (size, *_state(index))
 

@@ -16,7 +16,7 @@ from torch.library import register_fake
 from . import dispatch, reference
 from .checks import autocasts, check_dtype, check_matrix, check_vector, transformed
 from .gated_call import SCHEMA, TENSORS, GatedCall
-from .index_map import check_index_map
+from .index_map import check_index_map, check_offsets
 from .reference import DISTRIBUTIONS
 from .schema import _library as library
 from .schema import ops
@@ -230,18 +230,14 @@ def open_mass(
         `Tensor` fp32 [S], differentiable in the logits.
 
     Raises:
-        ValueError: logits or offsets are not 1-D, of another dtype or device, or the distribution
-            is unknown.
+        ValueError: logits or offsets are not 1-D, of another dtype or device, the offsets don't
+            rise from 0 to U, or the distribution is unknown.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
     if logits.dim() != 1:
         raise ValueError(f"logits must be 1-D, got shape {tuple(logits.shape)}")
-    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.device != logits.device:
-        raise ValueError(
-            f"offsets must be int64 1-D on {logits.device}, got {offsets.dtype} "
-            f"{tuple(offsets.shape)} on {offsets.device}"
-        )
+    check_offsets(offsets, logits.numel(), logits.device)
     mass: Tensor = ops.open_mass.default(logits, offsets, distribution, shift, scale, backend)
     return mass
 
