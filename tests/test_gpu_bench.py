@@ -84,6 +84,7 @@ def test_one_command_runs_the_tests_and_both_tables() -> None:
     """Every job, whatever failed before it; what failed is named and is the exit status."""
     done = make("echo")
     assert done.returncode == 0, done.stderr
+    assert "tests/test_triton_gpu.py --need-sanitizer" in done.stdout
     scripts = re.findall(r"\b(?:tests|bench)/\w+\.py", done.stdout)
     assert scripts == [
         "tests/test_triton_gpu.py",

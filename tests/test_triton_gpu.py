@@ -20,6 +20,7 @@ import gpu_layers
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from finegates import FusedGatedLinear, GateConfig, use_backend
 from finegates.ops import (
@@ -233,12 +234,50 @@ def test_a_captured_layer_draws_new_gates_at_every_replay() -> None:
     assert (first != y).any()
 
 
+def step(
+    forward: Callable[[Tensor], Tensor], layer: FusedGatedLinear, dtype: torch.dtype = HALF
+) -> list[Tensor]:
+    """Return y and the gradients of x and all that is trained, from one seed and one x."""
+    x = torch.randn(TOKENS, IN, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    x.requires_grad_()
+    torch.manual_seed(2)
+    y = forward(x)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *trained])]
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_compiles_whole_with_inductor(distribution: str) -> None:
-    layer = layer_of(distribution).eval()
-    x = torch.randn(TOKENS, IN, device=DEVICE, dtype=HALF)
+def test_a_training_step_compiles_whole_with_inductor(distribution: str) -> None:
+    layer = layer_of(distribution)
+    plain = step(layer, layer)
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=full("inductor", "aot_eager"))
-    torch.testing.assert_close(compiled(x), layer(x))
+    found = step(compiled, layer)
+    torch.compiler.reset()
+    for ours, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_checkpointed_step_is_the_plain_one(distribution: str) -> None:
+    """Autograd's own thread recomputes it, with the generator put back."""
+    layer = layer_of(distribution)
+    found = step(lambda x: checkpoint(layer, x, use_reentrant=False), layer)
+    for ours, expected in zip(found, step(layer, layer), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_autocast_is_a_step_in_the_narrow_dtype(distribution: str) -> None:
+    wide, narrow = layer_of(distribution).float(), layer_of(distribution)
+    narrow.load_state_dict(wide.state_dict())
+    expected = step(narrow, narrow)
+    with torch.autocast(DEVICE, HALF):
+        found = step(wide, wide, torch.float32)
+    assert found[0].dtype == HALF
+    assert all(gradient.dtype == torch.float32 for gradient in found[1:])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.to(theirs.dtype), theirs)
 
 
 @pytest.mark.timeout(3600)
