@@ -1,7 +1,7 @@
 """Every kernel compiles for every target without a GPU, within the device's means.
 
 ``kernels/resources.json`` holds what each kernel × dtype × row of the launch table needs; all of it
-is compiled again here (minutes of one core: docs/kernels.md; a test per target and kernel), as
+is compiled again here (minutes of all cores: docs/kernels.md; a test per target and kernel), as
 ``python -m finegates.kernels.compile`` does.
 """
 
@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +137,29 @@ def test_committed_rows_are_within_the_devices_means() -> None:
         assert_within_the_devices_means(JOBS[key], row)
 
 
+@pytest.fixture(scope="module")
+def compiling(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[aot.Resources]]]:
+    """Key → resources of what the chosen tests ask for, compiled ahead of them on all cores."""
+    chosen = [item.callspec.params for item in request.session.items if asks_to_compile(item)]
+    together = {(params["target"], params["variant"]) for params in chosen}
+    cache, cores = str(tmp_path_factory.mktemp("triton")), os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(cores, context) as pool:
+        patch.setenv("TRITON_CACHE_DIR", cache)
+        yield {
+            key: pool.submit(aot.compile_job, job)
+            for key, job in JOBS.items()
+            if (job.target, job.variant) in together
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+def asks_to_compile(item: pytest.Item) -> bool:
+    return "compiling" in getattr(item, "fixturenames", ())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "variant"),
@@ -140,14 +167,13 @@ def test_committed_rows_are_within_the_devices_means() -> None:
     ids=[f"{target}-{aot.VARIANTS[variant].name}" for target, variant in COMPILED_TOGETHER],
 )
 def test_compiled_code_is_the_committed_one(
-    target: str, variant: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, variant: int, compiling: dict[str, Future[aot.Resources]]
 ) -> None:
     """Every dtype and tile. With another Triton the numbers may move, the limits may not."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     jobs = [job for job in JOBS.values() if (job.target, job.variant) == (target, variant)]
     same = json.loads(aot.RESOURCES.read_text())["triton"] == triton.__version__
     for job in jobs:
-        row = aot.compile_job(job)
+        row = compiling[job.key].result()
         assert_within_the_devices_means(job, row)
         assert row == ROWS[job.key] or not same, job.key
 
