@@ -7,12 +7,14 @@ and the bytes of every operand's loads and stores come from the compiled code of
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,10 +367,19 @@ def _measure_hip(asm: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def run(listed: list[Job], processes: int = 2) -> dict[str, Resources]:
-    """Compile the jobs in parallel processes; return key → resources."""
-    with ProcessPoolExecutor(processes) as pool:
-        return dict(zip([job.key for job in listed], pool.map(compile_job, listed), strict=True))
+@contextmanager
+def compiling(
+    listed: Iterable[Job], processes: int | None = None
+) -> Iterator[dict[str, Future[Resources]]]:
+    """Compile jobs in their order in processes of their own, one a core unless said otherwise.
+
+    Yields key → what will be known of it; what nobody has waited for by the end is dropped.
+    """
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    try:
+        yield {job.key: pool.submit(compile_job, job) for job in listed}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def committed_rows() -> dict[str, Resources]:
@@ -381,10 +392,11 @@ def main() -> int:
     """Compare with the committed table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace resources.json")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="default: one a core")
     parser.add_argument("--target", action="append", choices=TARGETS)
     arguments = parser.parse_args()
-    measured = run(jobs(arguments.target or TARGETS), arguments.processes)
+    with compiling(jobs(arguments.target or TARGETS), arguments.processes) as futures:
+        measured = {key: future.result() for key, future in futures.items()}
     committed = committed_rows() if RESOURCES.exists() else {}
     changed = {key: row for key, row in measured.items() if committed.get(key) != row}
     if arguments.write:

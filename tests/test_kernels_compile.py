@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +142,11 @@ def compiling(
     """Key → resources of what the chosen tests ask for, compiled ahead of them on all cores."""
     chosen = [item.callspec.params for item in request.session.items if asks_to_compile(item)]
     together = {(params["target"], params["variant"]) for params in chosen}
-    cache, cores = str(tmp_path_factory.mktemp("triton")), os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(cores, context) as pool:
-        patch.setenv("TRITON_CACHE_DIR", cache)
-        yield {
-            key: pool.submit(aot.compile_job, job)
-            for key, job in JOBS.items()
-            if (job.target, job.variant) in together
-        }
-        pool.shutdown(cancel_futures=True)
+    listed = [job for job in JOBS.values() if (job.target, job.variant) in together]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with aot.compiling(listed) as futures:
+            yield futures
 
 
 def asks_to_compile(item: pytest.Item) -> bool:

@@ -19,11 +19,7 @@ def check_index_map(name: str, index: Tensor, size: int, device: torch.device) -
         ValueError: another dtype than int32, not 1-D, another device, or a value is out of range,
             repeated or, in a map of fewer than ``size``, out of order.
     """
-    if index.dtype != torch.int32 or index.dim() != 1 or index.device != device:
-        raise ValueError(
-            f"{name} must be int32 1-D on {device}, got {index.dtype} {tuple(index.shape)} "
-            f"on {index.device}"
-        )
+    _check_form(name, index, torch.int32, device)
     if _unreadable(index) or _is_known(index, size):
         return
     # Of all features a permutation: sorted, it increases as a map of the kept ones does.
@@ -46,11 +42,7 @@ def check_offsets(offsets: Tensor, size: int, device: torch.device) -> None:
         ValueError: another dtype than int64, not 1-D, another device, or the values don't rise from
             0 to ``size``.
     """
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.device != device:
-        raise ValueError(
-            f"offsets must be int64 1-D on {device}, got {offsets.dtype} {tuple(offsets.shape)} "
-            f"on {offsets.device}"
-        )
+    _check_form("offsets", offsets, torch.int64, device)
     if _unreadable(offsets) or _is_known(offsets, size):
         return
     ends = offsets.new_tensor([0, size])
@@ -63,6 +55,14 @@ def trust_index_map(index: Tensor, size: int) -> None:
     """Take a map into ``size`` features, or offsets, for checked as long as they don't change."""
     if not index.is_inference():
         _seen[index] = (size, *_state(index))
+
+
+def _check_form(name: str, index: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if index.dtype != dtype or index.dim() != 1 or index.device != device:
+        raise ValueError(
+            f"{name} must be {str(dtype).removeprefix('torch.')} 1-D on {device}, got "
+            f"{index.dtype} {tuple(index.shape)} on {index.device}"
+        )
 
 
 def _is_known(index: Tensor, size: int) -> bool:
