@@ -167,7 +167,8 @@ def test_no_worse_than_the_reference(
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
 @pytest.mark.parametrize(
-    ("heads", "groups", "head"), [(1, 1, 2), (4, 1, 8), (5, 5, 40), (9, 3, 64), (70, 1, 6)]
+    ("heads", "groups", "head"),
+    [(1, 1, 2), (4, 1, 8), (5, 5, 40), (9, 3, 64), (70, 1, 6), (2, 1, 384)],
 )
 def test_heads_of_any_size(heads: int, groups: int, head: int, dtype: torch.dtype) -> None:
     stack = make(heads, groups, head, dtype)
