@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -22,14 +23,23 @@ from levels import LEVELS, run_capped
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
 
 
+def tasks() -> set[str]:
+    """The process's OS threads: while some of an earlier pool end, a listing can miss others."""
+    before: set[str] = set()
+    while before != (now := set(os.listdir("/proc/self/task"))):
+        before = now
+        time.sleep(0.001)
+    return now
+
+
 def team(call: Callable[[], object]) -> int:
     """How many OS threads run a call from a new Python thread, which has no OpenMP pool yet."""
     started: set[str] = set()
 
     def count() -> None:
-        before = set(os.listdir("/proc/self/task"))
+        before = tasks()
         call()
-        started.update(set(os.listdir("/proc/self/task")) - before)
+        started.update(tasks() - before)
 
     thread = threading.Thread(target=count)
     thread.start()
