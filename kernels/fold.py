@@ -13,6 +13,9 @@ from .gate import gate_tile, tile_count
 from .launch import OPTIONS, STREAM, STREAM_ODD, SUMS, SUMS_ODD, aligned, cdiv
 from .operands import Gates
 
+# Blocks of features are the second dimension of both grids, of which CUDA allows 65,535.
+MAX_FEATURES = 65_535 * min(STREAM_ODD["BLOCK"], SUMS_ODD["BLOCK"])
+
 
 @triton.jit
 def _fold_fwd_kernel(

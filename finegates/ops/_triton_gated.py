@@ -94,6 +94,9 @@ def _fold_wins(
         return None, "the weight is compact or in another order"
     if call.closed_grad:
         return None, "closed gates get a gradient, which a folded weight has lost"
+    most = kernels().fold.MAX_FEATURES
+    if n + k > most:
+        return None, f"rows and columns are above the {most} of a folding kernel's grid"
     m = x.numel() // max(k, 1)
     family = kernels().launch.family(x.device) if x.is_cuda else "hopper"
     fused, folded = kernels().costs.estimate(

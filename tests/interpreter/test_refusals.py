@@ -138,3 +138,8 @@ def test_choice_between_fused_and_fold_says_why() -> None:
     fused, fold = reasons(16384, 3072, 768, distribution="ranking", closed_grad=True)
     assert fused is None
     assert fold == "closed gates get a gradient, which a folded weight has lost"
+    fused, fold = reasons(16384, 3072, 2**21 - 32 - 3072)
+    assert fold is None
+    fused, fold = reasons(16384, 3072, 2**21 - 32 - 3071)
+    assert fused is None
+    assert fold == "rows and columns are above the 2097120 of a folding kernel's grid"
