@@ -1,21 +1,21 @@
 """A training step of a gated Linear on a GPU: frozen Linear, naive gates, compiled naive, ours.
 
-``python bench/bench_gated_linear.py`` prints the bars of docs/kernels.md and writes a CSV with
-Liger's columns to ``bench/results/gpu``. Modes: ``forward`` and ``full`` (forward and backward) are
-device time of a CUDA graph, for every provider, and the bars stand on ``full``; ``full-eager`` is
-wall time with the host's work. ``--dry-run`` runs the same lines on a CPU, with `gpu_stand_in` for
-``torch.cuda`` and the kernels in Triton's interpreter (``TRITON_INTERPRET=1``); it checks what is
-computed and measures nothing.
+``PYTHONPATH=.:tests python bench/bench_gated_linear.py`` prints the bars of docs/kernels.md. It
+writes them, and a CSV with Liger's columns, to a folder of the card's name in
+``bench/results/gpu``. Modes: ``forward`` and ``full`` (forward and backward) are device time of a
+CUDA graph, for every provider, and the bars stand on ``full``; ``full-eager`` is wall time with the
+host's work. ``--dry-run`` runs the same lines on a CPU, with `gpu_stand_in` for ``torch.cuda`` and
+the kernels in Triton's interpreter (``TRITON_INTERPRET=1``); it checks what is computed and
+measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from gpu_clock import Clock, allocated, command_line, main, row, write
+from gpu_clock import Clock, Report, allocated, command_line, main, row
 from gpu_layers import Layer, Provider, make, providers
 from shapes import GPU_BARS, GPU_LAYERS, GPU_TINY, GPU_TINY_TOKENS, GPU_TOKENS
 
@@ -26,7 +26,7 @@ SEED_BYTES = 16
 UNITS = {"speed": "ms", "memory": "MB", "held": "bytes"}
 
 
-def correct(ways: dict[str, Provider]) -> dict[str, Provider]:
+def correct(ways: dict[str, Provider], say: Callable[[str], object]) -> dict[str, Provider]:
     """Return the providers without those of ours that compute something else, and name these."""
     kept = {}
     for name, provider in ways.items():
@@ -34,7 +34,7 @@ def correct(ways: dict[str, Provider]) -> dict[str, Provider]:
             if name.startswith("finegates"):
                 provider.check(name)
         except AssertionError as error:
-            sys.stdout.write(f"WRONG {error}\n")
+            say(f"WRONG {error}")
         else:
             kept[name] = provider
     return kept
@@ -60,8 +60,14 @@ def measure(
     return found
 
 
-def report(name: str, layer: Layer, milliseconds: dict[str, float], saved: float) -> int:
-    """Print a step's times, and the bytes saved for backward, against the bars.
+def judge(
+    name: str,
+    layer: Layer,
+    milliseconds: dict[str, float],
+    saved: float,
+    say: Callable[[str], object],
+) -> int:
+    """Say a step's times, and the bytes saved for backward, against the bars.
 
     Returns:
         How many bars are missed.
@@ -79,9 +85,9 @@ def report(name: str, layer: Layer, milliseconds: dict[str, float], saved: float
     if name.startswith("roberta-base"):
         verdicts.append((faster >= COMPILED_BAR, f"{faster:.2f} x compiled, {COMPILED_BAR} wanted"))
     times = "  ".join(f"{provider} {ms:.3f}" for provider, ms in milliseconds.items())
-    sys.stdout.write(f"{name} M={layer.x.shape[0]}: step in ms: {times}\n")
+    say(f"{name} M={layer.x.shape[0]}: step in ms: {times}")
     for met, what in verdicts:
-        sys.stdout.write(f"  {'met' if met else 'MISSED'}: {what}\n")
+        say(f"  {'met' if met else 'MISSED'}: {what}")
     return sum(not met for met, _ in verdicts)
 
 
@@ -93,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     clock = Clock(dry)
     dtype = torch.float16 if dry else getattr(torch, arguments.dtype)
     config = GateConfig(distribution=arguments.distribution)
-    rows: list[dict[str, Any]] = []
+    report = Report(arguments.output, clock.name, "gated_linear.csv")
     wrong = missed = 0
     for name, shape in (GPU_TINY if dry else GPU_LAYERS).items():
         if not name.startswith(arguments.layer):
@@ -101,28 +107,28 @@ def run(arguments: argparse.Namespace) -> int:
         for m in GPU_TINY_TOKENS if dry else GPU_TOKENS:
             layer = make(shape, m, dtype, config, clock.device)
             every = providers(layer, "eager" if dry else "inductor")
-            ways = correct(every)
+            ways = correct(every, report.say)
             wrong += len(every) - len(ways)
             found = measure(ways, clock, arguments.repeats)
             label = f"{name} {shape[0]}x{shape[1]} {dtype} {arguments.distribution}"
             for (mode, metric), values in found.items():
                 for provider, y in values.items():
-                    rows.append(
+                    report.rows.append(
                         row("gated_linear", provider, mode, metric, UNITS[metric],
                             ("M", "tokens", m), y, label, clock.name, ways[provider].layer.kept)
                     )  # fmt: skip
-            write(arguments.output, rows)
+            report.write()
             if "finegates" in ways:
                 held = found["forward", "held"]
                 saved = held["finegates"][0] - held["frozen"][0]
                 steps = {provider: y[0] for provider, y in found["full", "speed"].items()}
-                missed += report(name, layer, steps, saved)
-    sys.stdout.write(f"{len(rows)} rows of {clock.name} in {arguments.output}\n")
+                missed += judge(name, layer, steps, saved, report.say)
+    report.end()
     return int(wrong > 0 or (missed > 0 and not dry))
 
 
 if __name__ == "__main__":
-    parser = command_line(__doc__, "gated_linear.csv", repeats=50)
+    parser = command_line(__doc__, repeats=50)
     parser.add_argument("--layer", default="", help="start of the layers' names")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--distribution", default="gaussian", choices=("gaussian", "hard_concrete"))

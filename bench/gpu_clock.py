@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,30 +149,48 @@ def row(
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write the rows, and the folder they go to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+class Report:
+    """A CSV of rows, and beside it as ``.txt`` what was printed: the verdicts.
+
+    Args:
+        output: the CSV's path; by default table in ``bench/results/gpu``, in a folder of the card.
+        name: the card's name.
+        table: file name of the CSV.
+    """
+
+    def __init__(self, output: Path | None, name: str, table: str) -> None:
+        card = re.sub(r"[^a-z0-9]+", "-", name.lower())
+        self.csv = output or RESULTS / card / table
+        self.text = self.csv.with_suffix(".txt")
+        self.name = name
+        self.rows: list[dict[str, Any]] = []
+        self.csv.parent.mkdir(parents=True, exist_ok=True)
+        self.text.write_text("")
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it."""
+        sys.stdout.write(f"{line}\n")
+        with self.text.open("a") as file:
+            file.write(f"{line}\n")
+
+    def write(self) -> None:
+        """Write the rows so far: a run that dies later keeps them."""
+        with self.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def end(self) -> None:
+        """Say what there is and where."""
+        self.say(f"{len(self.rows)} rows of {self.name} in {self.csv.name}")
 
 
-def assert_correct(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Refuse to time a wrong kernel: error at most twice that of plain PyTorch at its dtype."""
-    error = (ours.double() - exact.double()).abs().max().item()
-    allowed = 2.0 * (plain.double() - exact.double()).abs().max().item()
-    allowed += torch.finfo(plain.dtype).eps * exact.abs().max().item()
-    if not error <= allowed:
-        raise AssertionError(f"{name} is wrong, not timed: error {error:.2e} above {allowed:.2e}")
-
-
-def command_line(description: str | None, table: str, repeats: int) -> argparse.ArgumentParser:
+def command_line(description: str | None, repeats: int) -> argparse.ArgumentParser:
     """Return what the command line of every GPU table takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--output", type=Path, default=RESULTS / table)
+    parser.add_argument("--output", type=Path, help="CSV; default: bench/results/gpu/CARD/")
     return parser
 
 

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import assert_correct
 from shapes import CLOSED, REMOVED
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from finegates.nn import Held
 from finegates.ops import _triton_gated, alignment, gated_matmul, reference
 from finegates.ops.gated_call import GatedCall
 from finegates.surgery.shrink import held_of
+from numerics import assert_no_worse
 
 LEAVES = ("x", "w", "b", "row_logits", "column_logits")
 CERTAIN = 20.0  # a logit whose sign no noise changes
@@ -184,7 +184,10 @@ class Provider:
         ours = {"y": y.detach(), **dict(zip(layer.trained, grads, strict=True))}
         exact, plain = (layer.by_reference(seed, r, c, t) for t in (torch.float64, layer.x.dtype))
         for what, value in ours.items():
-            assert_correct(f"{name}: {what}", value, plain[what], exact[what])
+            try:
+                assert_no_worse(value, plain[what], exact[what])
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {what}: {error}") from error
 
 
 def make(

@@ -7,16 +7,16 @@ lines on a CPU, with `gpu_stand_in` for ``torch.cuda`` and the kernels in Triton
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import Clock, assert_correct, command_line, main, row, write
+from gpu_clock import Clock, Report, command_line, main, row
 from shapes import GPU_DECODE, GPU_LAYERS, GPU_TINY, REMOVED, kept
 
 from finegates.ops import pruned_linear, reference
+from numerics import assert_no_worse
 
 BAR = 1.4
 
@@ -41,9 +41,7 @@ def candidates(
     args = (x, compact, bias, rows, columns, n)
     wide = (x.double(), compact.double(), bias.double(), rows, columns, n)
     ours = pruned_linear(*args, backend="triton")
-    assert_correct(
-        "pruned_linear", ours, reference.pruned_linear(*args), reference.pruned_linear(*wide)
-    )
+    assert_no_worse(ours, reference.pruned_linear(*args), reference.pruned_linear(*wide))
     return {
         "dense": lambda: F.linear(x, w, b),
         "torch": lambda: reference.pruned_linear(*args),
@@ -57,35 +55,35 @@ def run(arguments: argparse.Namespace) -> int:
     dry = arguments.dry_run
     clock = Clock(dry)
     dtype = torch.float16 if dry else torch.bfloat16
-    rows: list[dict[str, Any]] = []
+    report = Report(arguments.output, clock.name, "pruned_linear.csv")
     wrong = missed = 0
     for name, shape in (GPU_TINY if dry else GPU_LAYERS).items():
         for m in GPU_DECODE:
             try:
                 runs, share = candidates(shape, m, dtype, clock.device)
             except AssertionError as error:
-                sys.stdout.write(f"WRONG {name} M={m}: {error}\n")
+                report.say(f"WRONG {name} M={m}: {error}")
                 wrong += 1
                 continue
             graphs = {provider: clock.graphed(one) for provider, one in runs.items()}
             times = clock.interleaved(graphs, clock.device_time, arguments.repeats)
             config = f"{name} {shape[0]}x{shape[1]} {dtype}"
             for provider, y in times.items():
-                rows.append(
+                report.rows.append(
                     row("pruned_linear", provider, "forward", "speed", "ms", ("M", "tokens", m), y,
                         config, clock.name, 1.0 if provider == "dense" else share)
                 )  # fmt: skip
-            write(arguments.output, rows)
+            report.write()
             ratio = times["dense"][0] / times["finegates"][0]
             met = ratio >= BAR
             missed += not met
-            sys.stdout.write(
+            report.say(
                 f"{name} M={m}: {ratio:.2f} x dense, ideal {1.0 / share:.2f}; "
-                f"{'met' if met else 'MISSED'}: {BAR}\n"
+                f"{'met' if met else 'MISSED'}: {BAR}"
             )
-    sys.stdout.write(f"{len(rows)} rows of {clock.name} in {arguments.output}\n")
+    report.end()
     return int(wrong > 0 or (missed > 0 and not dry))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(command_line(__doc__, "pruned_linear.csv", repeats=100), run))
+    raise SystemExit(main(command_line(__doc__, repeats=100), run))

@@ -21,7 +21,9 @@ import torch
 
 from finegates import GateConfig
 
-BENCH = Path(__file__).parents[1] / "bench"
+TESTS = Path(__file__).parent
+BENCH = TESTS.with_name("bench")
+PATHS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
 
 @pytest.mark.slow
@@ -47,7 +49,7 @@ def test_dry_run(
     pytest.importorskip("triton")
     output = tmp_path / "out.csv"
     command = [sys.executable, str(BENCH / script), "--dry-run", "--repeats", "2"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCH.parent)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PATHS}
     done = subprocess.run(
         [*command, "--output", str(output)],
         env=environment, capture_output=True, text=True, check=False,
@@ -55,6 +57,7 @@ def test_dry_run(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WRONG" not in done.stdout
     assert "met: " in done.stdout
+    assert output.with_suffix(".txt").read_text() == done.stdout
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == count
@@ -68,7 +71,7 @@ def test_dry_run(
 
 @pytest.mark.parametrize("script", ["bench_gated_linear.py", "gpu_pruned_linear.py"])
 def test_without_a_gpu_it_says_so(script: str) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(BENCH.parent)}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATHS}
     command = [sys.executable, str(BENCH / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -217,15 +220,22 @@ def test_the_allocator_rounds_up() -> None:
         ("llama-1b.qo", 1.1, 1.1, 0, 0),
     ],
 )
-def test_bars(
-    name: str, ours: float, compiled: float, saved: int, missed: int,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_bars(name: str, ours: float, compiled: float, saved: int, missed: int) -> None:
     """The allowance of 66 rows and 70 columns is one block each for r, c and the seed."""
     config = GateConfig(distribution="gaussian")
     layer = gpu_layers.make((66, 70, True), 3, torch.float32, config, "cpu")
     times = {"frozen": 1.0, "compiled": compiled, "finegates": ours}
-    assert bench_gated_linear.report(name, layer, times, saved) == missed
-    out = capsys.readouterr().out
-    assert out.count("MISSED") == missed
-    assert "at most 1536" in out
+    said: list[str] = []
+    assert bench_gated_linear.judge(name, layer, times, saved, said.append) == missed
+    assert sum("MISSED" in line for line in said) == missed
+    assert "at most 1536" in said[1]
+
+
+def test_results_lie_by_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_clock, "RESULTS", tmp_path)
+    report = gpu_clock.Report(None, "NVIDIA H100 80GB HBM3", "table.csv")
+    report.write()
+    report.end()
+    folder = tmp_path / "nvidia-h100-80gb-hbm3"
+    assert (folder / "table.csv").read_text().startswith("kernel_name,")
+    assert (folder / "table.txt").read_text() == "0 rows of NVIDIA H100 80GB HBM3 in table.csv\n"

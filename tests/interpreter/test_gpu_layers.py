@@ -24,7 +24,7 @@ def providers(distribution: str) -> dict[str, gpu_layers.Provider]:
 @pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
 def test_every_provider_is_right(distribution: str) -> None:
     ways = providers(distribution)
-    assert bench_gated_linear.correct(ways) == ways
+    assert bench_gated_linear.correct(ways, print) == ways
     for name, kept in (("ordered-0%", 1.0), ("ordered-30%", 0.49), ("ordered-90%", 0.01)):
         assert ways[f"finegates-{name}"].layer.kept == pytest.approx(kept, abs=0.02), name
     assert ways["finegates-compact-40%"].layer.kept == pytest.approx(0.6, abs=0.02)
@@ -50,7 +50,7 @@ def test_a_wrong_gradient_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(dispatch, "choose", spoiled)
     ways = providers("gaussian")
-    refused = set(ways) - set(bench_gated_linear.correct(ways))
+    refused = set(ways) - set(bench_gated_linear.correct(ways, print))
     ours = {way for way in ways if way.startswith("finegates")}
     assert refused == {way for way in ours if name in ways[way].layer.trained}
 
