@@ -161,9 +161,13 @@ def test_the_two_paths_agree_on_tied_units(model_type: str) -> None:
 @pytest.mark.parametrize("distribution", ["gaussian", "hard_concrete"])
 @pytest.mark.parametrize("sides", ["rc", "r", "c", ""])
 @pytest.mark.parametrize("noise", [True, False])
-def test_gradcheck_gated_matmul(distribution: str, sides: str, noise: bool) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_gradcheck_gated_matmul(distribution: str, sides: str, noise: bool, mapped: bool) -> None:
     """The reference is its own derivative's judge, in fp64 and for the samples of one seed."""
     case = make((2, 3), 6, 5, torch.float64, distribution, sides=sides, noise=noise)
+    if mapped:
+        case.rows, case.columns = (torch.tensor(side).int() for side in ([4, 0, 5], [2, 4, 1, 0]))
+        case.w, case.b = case.w[case.rows][:, case.columns], case.b[case.rows]
     call = case.call()
     leaves = [t if t is None else t.double().requires_grad_() for t in call[:5]]
     present = [i for i, leaf in enumerate(leaves) if leaf is not None]
