@@ -206,7 +206,6 @@ def test_doubles_run_on_torch_alone() -> None:
         (lambda x, p: packed_linear(x.int(), p, N), TypeError, "got 2-D torch.int32"),
         (lambda x, p: packed_linear(x.to("meta"), p, N), ValueError, "device cpu, got meta"),
     ],
-    ids=str,
 )
 def test_refuses(call: Any, error: type[Exception], message: str, backend: str) -> None:
     with use_backend(backend), pytest.raises(error, match=message):
