@@ -2,7 +2,7 @@
 
 Without a GPU and with ``TRITON_INTERPRET=1`` the same lines run dry on a CPU, at tiny sizes and
 without bf16, which the interpreter truncates. What a dry run can't do: capture a CUDA graph (the
-step is run again instead), see a wait of the host, compile with inductor, and compute-sanitizer.
+step is run again instead), see a wait of the host, and compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import gpu_layers
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +35,7 @@ from finegates.ops import (
 from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, check, make
 from numerics import assert_no_worse
 
-GPU = torch.cuda.is_available()
+GPU = torch.cuda.is_available() and not INTERPRETED
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -246,13 +247,15 @@ def step(
     return [y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *trained])]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_training_step_compiles_whole_with_inductor(distribution: str) -> None:
+    """With torch's generator for the seed: inductor's own draws other numbers."""
     layer = layer_of(distribution)
     plain = step(layer, layer)
     torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend=full("inductor", "aot_eager"))
-    found = step(compiled, layer)
+    with torch._inductor.config.patch(fallback_random=True):
+        found = step(torch.compile(layer, fullgraph=True, backend="inductor"), layer)
     torch.compiler.reset()
     for ours, expected in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, expected)

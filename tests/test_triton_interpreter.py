@@ -26,7 +26,7 @@ def interpret(path: Path) -> Done:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     return subprocess.run(
-        command, env=environment, cwd=path.parents[2], capture_output=True, text=True, check=False
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
     )
 
 
