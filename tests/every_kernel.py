@@ -1,22 +1,25 @@
-"""Every Triton kernel on small odd shapes: ``python tests/every_kernel.py`` on a GPU.
+"""Every Triton kernel, odd and aligned, small and large tiles: run it as a script on a GPU.
 
 compute-sanitizer watches this script instead of the tests, whose fixture fills uninitialised
 memory, which initcheck must find as it is; it compares nothing. Operands are made on the CPU, so
 that few foreign kernels run between ours. `tests/interpreter/test_every_kernel.py` proves that no
-kernel is left out.
+kernel is left out in any of its rows of the launch table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
+from finegates.kernels import launch
 from finegates.ops import norm_gather, open_mass, pruned_linear
-from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, Case, make
+from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, Case, in_order, make
 
 DISTRIBUTIONS = ("gaussian", "hard_concrete", "ranking")
+SHAPES = ((65, 129, 200), (144, 272, 208))  # the second is aligned
 
 
 def step(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool], device: str) -> None:
@@ -27,32 +30,20 @@ def step(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool], devi
     how[1](case.call(), dy, y, r, c, mask)
 
 
-def in_order(case: Case, compact: bool) -> Case:
-    """Put the closed gates of a case last, or leave them out."""
-    if case.row_logits is None or case.column_logits is None or case.b is None:
-        raise ValueError("case must have both gates and a bias")
-    sides = []
-    for logits in (case.row_logits, case.column_logits):
-        shut = logits <= case.config.closing_logit
-        order = torch.argsort(shut.int(), stable=True)
-        sides.append(order[: int((~shut).sum())] if compact else order)
-    rows, columns = sides
-    case.w, case.b = case.w[rows][:, columns].contiguous(), case.b[rows]
-    case.rows, case.columns = rows.int(), columns.int()
-    return case
-
-
-def train(device: str, dtype: torch.dtype) -> None:
+def train(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     """Run the gated Linear: each way, mask and distribution, in order, and compact."""
+    multiple = launch.ALIGN if n % launch.ALIGN == 0 else 1
     for mask in (FROZEN, PRETRAINING):
         for distribution in DISTRIBUTIONS:
             for how in (FUSED, FOLD):
-                step(make(65, 129, 200, dtype, distribution), how, mask, device)
-            ordered = in_order(make(65, 129, 200, dtype, distribution), compact=False)
-            step(ordered, FUSED, mask, device)
-        step(make(65, 129, 200, dtype, "ranking", closed_grad=True), FUSED, mask, device)
-        for m in (5, 65):
-            step(in_order(make(m, 129, 200, dtype, "ranking"), True), FUSED, mask, device)
+                step(make(m, n, k, dtype, distribution), how, mask, device)
+            step(in_order(make(m, n, k, dtype, distribution)), FUSED, mask, device)
+        step(make(m, n, k, dtype, "ranking", closed_grad=True), FUSED, mask, device)
+        for tokens in (5, m):
+            closed = make(tokens, n, k, dtype, "ranking", closed_grad=True)
+            step(in_order(closed), FUSED, mask, device)
+            compact = in_order(make(tokens, n, k, dtype, "ranking"), multiple)
+            step(compact, FUSED, mask, device)
 
 
 def infer(device: str, dtype: torch.dtype) -> None:
@@ -62,7 +53,7 @@ def infer(device: str, dtype: torch.dtype) -> None:
         for size, count in ((129, 101), (200, 151))
     )
     w, b = torch.randn(101, 151).to(device, dtype), torch.randn(101).to(device, dtype)
-    for m in (1, 33, 70):
+    for m in (1, 33, 70):  # 70 fill half of the largest tile
         x, residual = torch.randn(m, 200).to(device, dtype), torch.randn(m, 129).to(device, dtype)
         for added in (None, residual):
             pruned_linear(
@@ -82,10 +73,16 @@ def penalise(device: str) -> None:
 
 
 def run(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Run everything."""
-    for dtype in dtypes:
-        train(device, dtype)
-        infer(device, dtype)
+    """Run everything, with the tiles for a whole device and for one of a single multiprocessor.
+
+    Shapes as small as these fill only the second with the largest tile of a row.
+    """
+    for count in {launch.processors(torch.device(device)), 1}:
+        with mock.patch.object(launch, "processors", lambda _, count=count: count):
+            for dtype in dtypes:
+                for shape in SHAPES:
+                    train(device, dtype, *shape)
+                infer(device, dtype)
     penalise(device)
 
 

@@ -195,6 +195,26 @@ def make(
     )
 
 
+def in_order(case: Case, compact: int = 0) -> Case:
+    """Put the closed gates of a case last; a multiple of ``compact`` > 0 leaves out all but open.
+
+    What is open beyond the multiple is closed.
+    """
+    sides = []
+    for logits in (case.row_logits, case.column_logits):
+        shut = logits <= case.config.closing_logit
+        order = torch.argsort(shut.int(), stable=True)
+        if compact:
+            count = int((~shut).sum()) // compact * compact
+            logits[order[count:]] = -1.0
+            order = order[:count]
+        sides.append(order)
+    rows, columns = sides
+    case.w, case.b = case.w[rows][:, columns].contiguous(), case.b[rows]
+    case.rows, case.columns = rows.int(), columns.int()
+    return case
+
+
 def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> None:
     """Compare y and the wanted gradients with fp64, beside plain PyTorch at the same dtype."""
     forward, backward = how

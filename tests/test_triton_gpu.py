@@ -32,7 +32,7 @@ from finegates.ops import (
     pruned_linear,
     reference,
 )
-from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, check, make
+from gated_case import FOLD, FROZEN, FUSED, PRETRAINING, check, in_order, make
 from numerics import assert_no_worse
 
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -80,19 +80,15 @@ def test_forward_and_gradients(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("m", full([5, 129, 2048], [5, 65]))
-def test_compact_weight_and_closed_gradients(m: int, dtype: torch.dtype) -> None:
-    shape = (m, *full((640, 770), (32, 35)))
-    case = make(*shape, dtype, "ranking")
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_compact_weight_and_closed_gradients(multiple: int, m: int, dtype: torch.dtype) -> None:
+    n, k = full((640, 768), (64, 80))
+    shape = (m, n, k if multiple == 16 else k + 2)
     check(make(*shape, dtype, "ranking", closed_grad=True).to(DEVICE), FUSED, FROZEN)
-    assert case.row_logits is not None
-    assert case.column_logits is not None
-    assert case.b is not None
-    case.rows = (case.row_logits > 0).nonzero().squeeze(1).int()
-    case.columns = (case.column_logits > 0).nonzero().squeeze(1).int()
-    case.w = case.w[case.rows.long()][:, case.columns.long()].contiguous()
-    case.b = case.b[case.rows.long()]
-    check(case.to(DEVICE), FUSED, FROZEN)
-    check(case.to(DEVICE), FUSED, PRETRAINING)
+    case = in_order(make(*shape, dtype, "ranking"), multiple).to(DEVICE)
+    assert min(case.w.shape) >= 16
+    check(case, FUSED, FROZEN)
+    check(case, FUSED, PRETRAINING)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)

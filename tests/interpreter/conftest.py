@@ -60,9 +60,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        noted.add(self.fn.__name__.removeprefix("_").removesuffix("_kernel"), given)
+        row = rows[-1] if "GROUP_M" in given else None
+        noted.add(self.fn.__name__.removeprefix("_").removesuffix("_kernel"), given, row)
         if self.fn in compiled:
-            row = rows[-1] if "GROUP_M" in given else None
             form = form_of(given, self.constexprs)
             key = (self.fn, row, *form.items())
             if key not in _covered:
