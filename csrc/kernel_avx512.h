@@ -49,7 +49,9 @@ struct Avx512 {
   static void store(uint16_t* p, F x) { store16(p, x, kChunk); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
   static float largest(F x) { return _mm512_reduce_max_ps(x); }
-  static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  // One unit of an operand, which may have been written as two bf16.
+  typedef float Unit __attribute__((may_alias));
+  static F broadcast(const float* p) { return _mm512_set1_ps(*reinterpret_cast<const Unit*>(p)); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -30,7 +30,7 @@ struct TileArgs {
   int64_t units;
   int64_t stream_units;  // from w to where the stream of weights jumps
   int64_t jump;          // bytes
-  const uint8_t* next;   // weights to bring into L2 meanwhile
+  uintptr_t next;        // weights to bring into L2 meanwhile
   int64_t next_step;     // bytes a unit
   float* c;
   int64_t c_stride;
@@ -57,11 +57,12 @@ FG_INLINE F widen_i8(F w, int part) {
   }
 }
 
-// `ahead` may leave the buffer, so it is no pointer arithmetic.
+// What is asked for ahead may lie outside the buffer, where a pointer must not lead.
+FG_INLINE uintptr_t address(const uint8_t* at) { return reinterpret_cast<uintptr_t>(at); }
+
 template <int kLocality>
-FG_INLINE void prefetch(const uint8_t* at, int64_t ahead) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(at) + ahead;
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kLocality);
+FG_INLINE void prefetch(uintptr_t at) {
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, kLocality);
 }
 
 template <Kind K, int MR, int NP, int NV>
@@ -74,7 +75,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
     if (kEveryLine<K, NP> && j % NV * (Vec::kLanes * 4) % 64 == 0) {
-      prefetch<3>(at, NP > 1 ? ahead : ahead_of(MR, NP));
+      prefetch<3>(address(at) + (NP > 1 ? ahead : ahead_of(MR, NP)));
     }
   }
   if constexpr (K == Kind::kWide) {
@@ -130,7 +131,7 @@ void tile(const TileArgs& t) {
   }
   const uint8_t* a = t.a;
   const uint8_t* w = t.w;
-  const uint8_t* next = t.next;
+  uintptr_t next = t.next;
   // Panels that stream at once look ahead to where each of them goes on: what follows in memory is
   // its neighbour.
   int64_t ahead = ahead_of(MR, NP);
@@ -144,12 +145,12 @@ void tile(const TileArgs& t) {
     for (; left >= 4; left -= 4) {
       if constexpr (!kEveryLine<K, NP>) {
 #pragma GCC unroll 4
-        for (int p = 0; p < NP; ++p) prefetch<2>(w + p * t.panel_bytes, ahead);
+        for (int p = 0; p < NP; ++p) prefetch<2>(address(w + p * t.panel_bytes) + ahead);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
-        if (NP == 1 && MR > 6) __builtin_prefetch(next + i * t.next_step, 0, 2);
+        if (NP == 1 && MR > 6) prefetch<2>(next + i * t.next_step);
       }
       next += 4 * t.next_step;
       a += 4 * kStep;
@@ -304,7 +305,7 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
                 args.jump = group_jump;
               }
               args.next_step = next_step;
-              args.next = weights.panels + next +
+              args.next = address(weights.panels) + next +
                           ((unit - first_unit) * tiles + t * args.units) * next_step;
               args.c = half_c;
               args.c_stride = c_stride;

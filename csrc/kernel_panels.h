@@ -45,7 +45,8 @@ constexpr int64_t units_of(int64_t length) {
 template <class T>
 void read_operand(float* out, const T* in, int64_t length) {
   if constexpr (kPairs<T>) {
-    uint16_t* const pairs = reinterpret_cast<uint16_t*>(out);
+    typedef uint16_t Half __attribute__((may_alias));
+    Half* const pairs = reinterpret_cast<Half*>(out);
     int64_t i = 0;
     for (; i + kPanel <= length; i += kPanel) __builtin_memcpy(pairs + i, in + i, 2 * kPanel);
     for (; i < length; ++i) pairs[i] = in[i];
@@ -125,7 +126,8 @@ void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units
   args.addend_stride = add ? c_stride : 0;
   for (int64_t p = 0; p < outputs; p += kPanel) {
     args.a = reinterpret_cast<const uint8_t*>(x);
-    args.w = args.next = reinterpret_cast<const uint8_t*>(w + p * units);
+    args.w = reinterpret_cast<const uint8_t*>(w + p * units);
+    args.next = address(args.w);
     args.c = c + p;
     args.addend = add ? c + p : kZeros;
     const int64_t left = outputs - p < kPanel ? outputs - p : kPanel;
