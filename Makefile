@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-models profiles gpu-bench wheel sanitize clean
+.PHONY: demo test lint bench bench-levels bench-models profiles gpu-bench wheel sanitize clean
 
 demo: $(VENV)/.installed  ## learn gates on a real model, remove 40 %, save, reload, time
 	$(BIN)/finegates finetune
@@ -16,9 +16,22 @@ lint: $(VENV)/.installed  ## formats, lints, types
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
+LAYERS := build/layers
 bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid, 1 thread and all
-	$(BIN)/python -m pytest bench --benchmark-only --threads 1,all --benchmark-json=build/bench.json
-	$(BIN)/python bench/table.py build/bench.json --png build/bench.png | tee build/bench.md
+	mkdir -p $(LAYERS)
+	for threads in 1 all; do \
+	  case $$threads in 1) to=$(LAYERS)/one-thread;; all) to=$(LAYERS)/all-threads;; esac; \
+	  $(BIN)/python -m pytest bench --benchmark-only -q --threads $$threads \
+	    --benchmark-json=$$to.json || exit 1; \
+	  $(BIN)/python bench/table.py $$to.json --png $$to.png > $$to.md || exit 1; done
+
+LEVELS := generic avx2 avx512
+bench-levels: $(VENV)/.installed  ## a part of the grid at the instruction sets below the CPU's own
+	mkdir -p $(LAYERS)
+	for level in $(LEVELS); do \
+	  FINEGATES_MAX_ISA=$$level $(BIN)/python -m pytest bench --benchmark-only -q --quick \
+	    -k bench_grid --benchmark-json=$(LAYERS)/$$level.json || exit 1; \
+	  $(BIN)/python bench/table.py $(LAYERS)/$$level.json > $(LAYERS)/$$level.md || exit 1; done
 
 SHAPES := minilm roberta-base roberta-large smollm2 llama-1b
 MODELS := build/models

@@ -17,19 +17,23 @@ LAYERS = {
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 QUICK_LAYERS = ("768x768", "3072x768")
 QUICK_BATCHES = (1, 8, 32, 128)
-QUICK_REMOVED = (0.05, 0.40)
 DTYPES = ("fp32", "bf16")
 
 REMOVED = 0.40
-SWEEP_REMOVED = (0.05, 0.10, 0.20, 0.40, 0.60, 0.80)
-SWEEP_LAYERS = ("768x768", "3072x768")
-SWEEP_BATCHES = BATCHES
+LEAST_REMOVED = 0.05
+SWEEP = [(layer, LEAST_REMOVED) for layer in LAYERS] + [
+    (layer, removed)
+    for layer in ("768x768", "3072x768")
+    for removed in (0.10, 0.20, 0.40, 0.60, 0.80)
+]
+
+QUICK_REMOVED = (LEAST_REMOVED, REMOVED)
 
 COMPILED_LAYERS = ("768x768", "2048x2048")
 COMPILED_BATCHES = (1, 8, 128)
 
-COLD_LAYERS = ("3072x768", "2048x2048")
-COLD_BATCHES = (1, 8, 32)
+COLD_LAYERS = ("3072x768", "2048x2048", "8192x2048", "2048x8192")
+COLD_REMOVED = (LEAST_REMOVED, REMOVED)
 COLD_BYTES = 256 * 2**20  # several times any last-level cache, whose replacement is not exact
 
 DECODE_LAYERS = ("768x768", "2048x2048", "8192x2048")

@@ -1,6 +1,6 @@
 """Turn pytest-benchmark JSON into the README's tables and a PNG.
 
-python bench/table.py build/bench.json [--png build/bench.png] > build/bench.md
+python bench/table.py one-thread.json [--png one-thread.png] > one-thread.md
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ BARS = (
     Bar("grid", "dense_ratio", IDEAL, "times dense F.linear", lambda row: row["m"] > 8),
     Bar("grid", "library_ratio", 1.0, "times the best library GEMM"),
     Bar("grid", "share_of_peak", 0.88, "of the arithmetic peak", lambda row: row["m"] >= 64),
+    Bar("grid", "share_of_read_bandwidth", 0.85, "of bandwidth", lambda row: row["m"] == 1),
     Bar("cold", "share_of_read_bandwidth", 0.85, "of bandwidth", lambda row: row["m"] == 1),
+    Bar("cold", "dense_ratio", 1.0, "times dense F.linear"),
+    Bar("compiled", "compiled_ratio", 1.0, "times torch.compile, gathered shape"),
     # More than all of it: a part of the weights was in the cache, so this is no share.
     Bar("cold", "share_of_read_bandwidth", 1.0, "of bandwidth", least=False),
     Bar("int8", "share_of_read_bandwidth", 1.0, "of bandwidth", least=False),
@@ -55,6 +58,7 @@ CELL = {
     "threads": "T={}",
     "removed": "{:.0%} removed",
 }
+ABOUT = ("cpu_name", "isa", "torch", "clock", "commit")
 MEANS = (("dense_ratio", 2.2), ("library_ratio", 1.15))
 
 
@@ -127,19 +131,26 @@ def absences(rows: list[Row]) -> str:
     return "\n".join(f"* {name} ({n} cells): {why}" for (name, why), n in reasons.items()) or "none"
 
 
+def named_by_share(rows: list[Row]) -> list[Row]:
+    return [{**r, "layer": f"{r['layer']}, {r['removed']:.0%} removed"} for r in rows]
+
+
 def report(machine: dict[str, Any], rows: list[Row]) -> str:
     by_group = {g: [r for r in rows if r["group"] == g] for g in {r["group"] for r in rows}}
-    about = [machine[key] for key in ("cpu_name", "isa", "torch", "clock")]
-    parts = ["{}, {}, torch {}, {} time, {:.0%} removed".format(*about, REMOVED)]
-    if commit := machine.get("commit"):
-        parts[0] += f", commit {commit}"
+    about = [machine.get(key, "unknown") for key in ABOUT]
+    parts = ["{}, {}, torch {}, {} time, commit {}, {:.0%} removed".format(*about, REMOVED)]
     parts.append(f"**short of a bar**\n\n{missed(rows)}")
     if cells := by_group.get("grid"):
         parts += [
             grid(cells, "dense_ratio", "times faster than dense F.linear, by M"),
             grid(cells, "fastest_dense_ratio", "times faster than the fastest dense runtime"),
             grid(cells, "library_ratio", "times faster than the best library GEMM, gathered shape"),
-            grid(cells, "share_of_peak", "share of the arithmetic peak", "{:.0%}"),
+            grid(
+                [r for r in cells if "share_of_peak" in r],
+                "share_of_peak",
+                "share of the arithmetic peak",
+                "{:.0%}",
+            ),
             f"**not timed**\n\n{absences(rows)}",
         ]
     if cells := by_group.get("compiled"):
@@ -147,19 +158,17 @@ def report(machine: dict[str, Any], rows: list[Row]) -> str:
         title = "**over torch.compile with freezing: gathered shape, dense layer**"
         parts.append(f"{title}\n\n{simple(cells, [*columns, 'library', 'library_ratio'])}")
     if cells := by_group.get("removed"):
-        parts += [
-            grid(
-                [{**r, "layer": f"{r['layer']}, {r['removed']:.0%} removed"} for r in cells],
-                "dense_ratio",
-                "times faster than dense F.linear, by share removed",
-            )
-        ]
+        title = "times faster than dense F.linear, by share removed"
+        parts.append(grid(named_by_share(cells), "dense_ratio", title))
     if cells := by_group.get("cold"):
-        columns = ["layer", "dtype", "m", "threads", "dense_ratio", "weight_gbytes_per_second"]
+        columns = ["layer", "dtype", "threads", "removed", "weight_gbytes_per_second"]
         columns += ["share_of_read_bandwidth", "cycle_megabytes"]
         cache = machine.get("last_level_cache", 0) >> 20
-        parts.append(f"**cold weights, last-level cache {cache or '?'} MB**\n\n")
-        parts[-1] += simple(cells, columns)
+        parts += [
+            grid(named_by_share(cells), "dense_ratio", "times faster than dense, cold weights"),
+            f"**cold weights at M = 1, last-level cache {cache or '?'} MB**\n\n"
+            + simple([r for r in cells if r["m"] == 1], columns),
+        ]
     decode = ["layer", "dtype", "m", "threads", "ratio"]
     for group, title, columns in (
         ("int8", "int8 over our bf16, cold", [*decode, "share_of_read_bandwidth"]),
@@ -173,8 +182,8 @@ def report(machine: dict[str, Any], rows: list[Row]) -> str:
         columns.append("op_ratio")
         parts.append("**a 64x64 call over F.linear, nn.Linear**\n\n" + simple(cells, columns))
     if cells := by_group.get("pack"):
-        columns = ["layer", "dtype", "gbytes_per_second", "memory_over_weight"]
-        parts.append("**packing**\n\n" + simple(cells, columns))
+        columns = ["layer", "dtype", "calls", "gbytes_per_second", "memory_over_weight"]
+        parts.append("**packing once, in calls at M = 1**\n\n" + simple(cells, columns))
     return "\n\n".join(parts)
 
 
@@ -214,11 +223,13 @@ def main() -> None:
     parser.add_argument("json", type=Path, nargs="+")
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args()
-    rows: list[Row] = []
-    for path in arguments.json:
-        machine, more = load(path)
-        rows += more
-    print(report(machine, rows))
+    machines, parts = zip(*map(load, arguments.json), strict=True)
+    for key in ABOUT:
+        told = {str(machine.get(key)) for machine in machines}
+        if len(told) > 1:
+            parser.error(f"the files differ in {key}: {', '.join(sorted(told))}")
+    rows = [row for part in parts for row in part]
+    print(report(machines[0], rows))
     if arguments.png:
         plot(rows, arguments.png)
 

@@ -1,8 +1,9 @@
 """A whole training step on the CPU: frozen dense model, masked gates, training on what is left.
 
-``python bench/bench_training_step.py`` prints the table of docs/method.md. A step is forward,
-backward and AdamW over biases and head (and gates, with their controller); weights are frozen and
-random, 40 % of the gated ones are removed, and losses are compared before anything is timed.
+``PYTHONPATH=.:tests python bench/training_step.py`` prints the table of docs/method.md. A step is
+forward, backward and AdamW over biases and head (and gates, with their controller); weights are
+frozen and random, 40 % of the gated ones are removed, and losses are compared before anything is
+timed.
 """
 
 from __future__ import annotations
