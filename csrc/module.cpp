@@ -254,8 +254,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       unlocked());
   m.def(
       "probe_read",
-      [](uintptr_t data, size_t bytes) {
-        return finegates::probe_read(reinterpret_cast<const uint8_t*>(data), bytes);
+      [](uintptr_t data, size_t bytes, int streams, size_t ahead) {
+        return finegates::probe_read(reinterpret_cast<const uint8_t*>(data), bytes, streams, ahead);
       },
       unlocked());
 }

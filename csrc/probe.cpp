@@ -2,7 +2,6 @@
 
 #include <time.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "isa.h"
@@ -98,14 +97,11 @@ double probe_flops(Arithmetic arithmetic) {
   return 0;
 }
 
-double probe_read(const uint8_t* data, size_t bytes) {
+double probe_read(const uint8_t* data, size_t bytes, int streams, size_t ahead) {
   const size_t lines = bytes / kAlign;
-  double best = 0;
-  for (const size_t ahead : {64, 128, 256}) {
-    best = std::max({best, read<1>(data, lines, ahead), read<2>(data, lines, ahead),
-                     read<4>(data, lines, ahead)});
-  }
-  return best;
+  if (streams == 1) return read<1>(data, lines, ahead);
+  if (streams == 2) return read<2>(data, lines, ahead);
+  return read<4>(data, lines, ahead);
 }
 
 }  // namespace finegates

@@ -12,8 +12,8 @@ enum class Arithmetic { kFma, kDot };  // float32 multiply-add, bfloat16 dot pro
 // measurement for it. Takes about 20 ms of the thread's own time.
 double probe_flops(Arithmetic arithmetic);
 
-// Bytes a second read from `bytes` at `data`: the best of several prefetch distances and numbers of
-// streams, a pass each.
-double probe_read(const uint8_t* data, size_t bytes);
+// Bytes a second of one pass over `bytes` at `data`, as 1, 2 or else 4 streams that are prefetched
+// so many lines ahead.
+double probe_read(const uint8_t* data, size_t bytes, int streams, size_t ahead);
 
 }  // namespace finegates

@@ -29,7 +29,7 @@ def test_ceilings_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_native, "_reason", "extension not built: no compiler")
     for measure in (
         lambda: _cpu.probe_flops(torch.float32),
-        lambda: _cpu.probe_read(torch.ones(64, dtype=torch.uint8)),
+        lambda: _cpu.probe_read(torch.ones(64, dtype=torch.uint8), 1, 64),
     ):
         with pytest.raises(ValueError, match="here: extension not built: no compiler"):
             measure()

@@ -426,15 +426,20 @@ def probe_flops(dtype: torch.dtype) -> float:
     return flops
 
 
-def probe_read(buffer: Tensor) -> float:
-    """Return bytes a second that the calling thread reads from a uint8 tensor.
+def probe_read(buffer: Tensor, streams: int, ahead: int) -> float:
+    """Return bytes a second of the calling thread's pass over a uint8 tensor.
+
+    Args:
+        buffer (`Tensor` uint8 [bytes]): read once, a word of each 64-byte line.
+        streams: 1, 2 or 4 parts of it that are read side by side.
+        ahead: lines between what is prefetched and what is read.
 
     Raises:
         ValueError: there is no native module.
     """
     if _C is None:
         raise ValueError(f"no measured bandwidth here: {_native.reason()}")
-    return float(_C.probe_read(buffer.data_ptr(), buffer.numel()))
+    return float(_C.probe_read(buffer.data_ptr(), buffer.numel(), streams, ahead))
 
 
 def _operand(x: Tensor) -> tuple[Tensor, int, int]:

@@ -1,12 +1,13 @@
 """Ceilings of this machine's cores, measured, so that every time has something to be held against.
 
-Both take the time of the measuring thread alone, and the best of three: other processes can only
-lower them.
+Both take the time of the measuring thread alone, and the best of several passes, which all threads
+begin together: other processes can only lower them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ from torch import nn
 from ..ops import _cpu
 from ..serving import PackedLinear
 from .module_clock import LINEARS
+
+_PASSES = 3
+_READS = tuple(itertools.product((1, 2, 4), (64, 128, 256)))  # streams, lines ahead
 
 
 @functools.cache
@@ -31,12 +35,14 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
     Raises:
         ValueError: there is no native module, or no measurement for its level.
     """
-    return _total(threads, lambda _: _cpu.probe_flops(dtype))
+    return _best(threads, [lambda _: _cpu.probe_flops(dtype)] * _PASSES)
 
 
 @functools.cache
 def read_bandwidth(megabytes: int, threads: int) -> float:
     """Return bytes a second that ``threads`` cores read together, each from a buffer of its own.
+
+    The best of three prefetch distances and of 1, 2 and 4 streams.
 
     Args:
         megabytes: of each buffer; what fits a cache is read from it.
@@ -47,7 +53,11 @@ def read_bandwidth(megabytes: int, threads: int) -> float:
     """
     buffers = [torch.ones(megabytes * 2**20, dtype=torch.uint8) for _ in range(threads)]
     repeats = max(1, 256 // megabytes)
-    return _total(threads, lambda i: max(_cpu.probe_read(buffers[i]) for _ in range(repeats)))
+
+    def reads(streams: int, ahead: int) -> Callable[[int], float]:
+        return lambda i: max(_cpu.probe_read(buffers[i], streams, ahead) for _ in range(repeats))
+
+    return _best(threads, [reads(*how) for how in _READS] * _PASSES)
 
 
 def weight_bytes(layer: Any) -> int:
@@ -71,20 +81,20 @@ def reading(model: nn.Module, threads: int) -> tuple[int, float]:
     return size, read_bandwidth(megabytes, threads)
 
 
-def _total(threads: int, measure: Callable[[int], float]) -> float:
-    """Sum of what the threads reach at once (the probes drop the GIL); best of three."""
-    best = 0.0
-    for _ in range(3):
-        rates = [0.0] * threads
+def _best(threads: int, passes: list[Callable[[int], float]]) -> float:
+    """Return the most that threads reach together in a pass (the probes drop the GIL)."""
+    start = threading.Barrier(threads)
+    rates = [[0.0] * threads for _ in passes]
 
-        def run(i: int, rates: list[float] = rates) -> None:
-            rates[i] = measure(i)
+    def run(i: int) -> None:
+        for measure, rate in zip(passes, rates, strict=True):
+            start.wait()  # a pass that ran beside none of the others would have their bandwidth
+            rate[i] = measure(i)
 
-        workers = [threading.Thread(target=run, args=(i,)) for i in range(1, threads)]
-        for worker in workers:
-            worker.start()
-        run(0)
-        for worker in workers:
-            worker.join()
-        best = max(best, sum(rates))
-    return best
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(1, threads)]
+    for worker in workers:
+        worker.start()
+    run(0)
+    for worker in workers:
+        worker.join()
+    return max(map(sum, rates))
