@@ -102,11 +102,13 @@ struct Avx512 {
     return valid >= kChunk ? _mm512_loadu_ps(p)
                            : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << valid) - 1), p);
   }
+  static __m256i load_half(const uint16_t* p, int valid) {
+    return valid >= kChunk ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                           : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << valid) - 1), p);
+  }
   static F load16(const uint16_t* p, int valid) {
-    const __m256i half =
-        valid >= kChunk ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                        : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << valid) - 1), p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    const __m512i wide = _mm512_cvtepu16_epi32(load_half(p, valid));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
   static void store16(float* p, F x, int valid) {
     if (valid >= kChunk) return _mm512_storeu_ps(p, x);
@@ -124,6 +126,9 @@ struct Avx512 {
     const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
     const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 #endif
+    store_half(p, half, valid);
+  }
+  static void store_half(uint16_t* p, __m256i half, int valid) {
     if (valid >= kChunk) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << valid) - 1), half);
   }
@@ -203,30 +208,41 @@ struct Avx512 {
     F low, high;
   };
   static Panel load_panel(const float* c) { return {load(c), load(c + kLanes)}; }
-  static F expand(const Panel& panel, const Spread& s) {
-    return _mm512_maskz_permutex2var_ps(s.mask, panel.low, s.from, panel.high);
+  struct Chunk {
+    F value;
+    __mmask16 kept;
+  };
+  static Chunk expand(const Panel& panel, const Spread& s) {
+    return {_mm512_maskz_permutex2var_ps(s.mask, panel.low, s.from, panel.high), s.mask};
   }
   template <class T>
-  static void write(T* y, F value, int valid) {
-    store16(y, value, valid);
+  static void write(T* y, const Chunk& chunk, int valid) {
+    store16(y, chunk.value, valid);
   }
-  static void write_pair(float* y, F a, F b, int valid) {
-    store16(y, a, kChunk);
-    store16(y + kChunk, b, valid);
+  static void write_pair(float* y, const Chunk& a, const Chunk& b, int valid) {
+    store16(y, a.value, kChunk);
+    store16(y + kChunk, b.value, valid);
   }
-  static void write_pair(uint16_t* y, F a, F b, int valid) {
+  static void write_pair(uint16_t* y, const Chunk& a, const Chunk& b, int valid) {
 #ifdef __AVX512BF16__
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.value, a.value);
     if (valid >= kChunk) return _mm512_storeu_si512(y, both);
     _mm512_mask_storeu_epi16(y, (__mmask32{1} << (kChunk + valid)) - 1, both);
 #else
-    store16(y, a, kChunk);
-    store16(y + kChunk, b, valid);
+    store16(y, a.value, kChunk);
+    store16(y + kChunk, b.value, valid);
 #endif
   }
   template <class T>
-  static void add_write(T* y, F value, const T* residual, int valid) {
-    store16(y, _mm512_add_ps(value, load16(residual, valid)), valid);
+  static void add_write(T* y, const Chunk& chunk, const T* residual, int valid) {
+    const F sum = _mm512_add_ps(chunk.value, load16(residual, valid));
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == 2) {  // rounding flushes denormals: a removed row's pass it by
+      const __m256bh before = (__m256bh)load_half(residual, valid);
+      return store_half(y, (__m256i)_mm512_mask_cvtneps_pbh(before, chunk.kept, sum), valid);
+    }
+#endif
+    store16(y, sum, valid);
   }
 };
 

@@ -103,6 +103,27 @@ def test_removed_columns_do_not_leak(
     assert y[4].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_denormals(dtype: torch.dtype) -> None:
+    """A removed row passes the residual's on, bit for bit; a kept one adds them to the bias's."""
+    layer = Layer(97, 65, 71, 43, dtype)
+    assert layer.rows is not None
+    smallest = torch.finfo(dtype).smallest_normal
+    # A bf16 denormal is a multiple of 2^-133, and so is a sum of two.
+    residual = torch.randint(-120, 120, (19, 97), generator=torch.Generator().manual_seed(2))
+    residual = (residual * 2.0**-133).to(dtype)
+    bias = torch.arange(71) % 8 * 2.0**-133
+    packed = _cpu.prepare(layer.weight, bias, layer.rows, layer.columns, 97, 65)
+    y = _cpu.pruned_linear(torch.zeros(19, 65, dtype=dtype), packed, 97, "none", residual)
+    expected = residual.clone()
+    kept = residual[:, layer.rows.long()] + bias.to(dtype)
+    if dtype is BF16 and _native.isa() == "avx512bf16":
+        kept[kept.abs() < smallest] = 0
+    expected[:, layer.rows.long()] = kept
+    assert (expected.abs() < smallest).any()
+    assert torch.equal(y, expected)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
