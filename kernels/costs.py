@@ -12,44 +12,59 @@ from .traffic import LAUNCHES, compulsory
 
 
 class Rates(NamedTuple):
-    """Dense 16-bit matmul FLOP/s, bytes/s and multiprocessors of a device."""
+    """Dense 16-bit matmul FLOP/s, bytes/s, multiprocessors, and instructions of one lane a second.
+
+    The last is multiprocessors × 128 lanes (64 on CDNA) × the clock that the peak is given for.
+    """
 
     peak: float
     bandwidth: float
     processors: int
+    lanes: float
 
 
 # A100 80GB, H100 SXM, B200, L40S, MI300X, from the vendors' data sheets.
 RATES = {
-    "ampere": Rates(312e12, 2.0e12, 108),
-    "hopper": Rates(989e12, 3.35e12, 132),
-    "blackwell": Rates(2250e12, 8.0e12, 148),
-    "consumer": Rates(362e12, 0.86e12, 142),
-    "cdna": Rates(1307e12, 5.3e12, 304),
+    "ampere": Rates(312e12, 2.0e12, 108, 19.5e12),
+    "hopper": Rates(989e12, 3.35e12, 132, 30.9e12),
+    "blackwell": Rates(2250e12, 8.0e12, 148, 35.0e12),
+    "consumer": Rates(362e12, 0.86e12, 142, 45.8e12),
+    "cdna": Rates(1307e12, 5.3e12, 304, 40.9e12),
 }
-# What cuBLAS reaches of the peak on large shapes, and Triton of cuBLAS: 0.8 to 1.0 at 2688³ to
-# 3072³ on an H100 (triton#3672). That issue's smaller products, from 256³ on, all take 80 to 90 µs
-# a call, which is the host's time and says nothing of the kernel.
+# What cuBLAS reaches of the peak on large shapes, and Triton of cuBLAS: between the two figures of
+# triton#3672 that a kernel set on an H100, 0.82 at 2944³ and 0.90 at 3072³. That issue's smaller
+# products, from 256³ to 2816³, all take 80 to 90 µs a call, which is the host's time.
 _CUBLAS = 0.7
-_TRITON = 0.9
+_TRITON = 0.86
 _LAUNCH = 3e-6
+# Instructions that draw one Gaussian gate: 625 for four of them in sm_90's code.
+_DRAW = 156
 _FP32 = 16.0  # as much of the 16-bit rate as fp32 takes without tf32
 
 
 class Layer(NamedTuple):
-    """The costs of one layer's passes, each as (gates in the GEMM, gates folded into w)."""
+    """The costs of one layer's passes, each as (gates in the GEMM, gates folded into w).
+
+    Without ``noise`` gates are a function of their logits, which costs nothing here.
+    """
 
     m: int
     n: int
     k: int
     size: int
     family: str = "hopper"
+    noise: bool = True
 
     def forward(self) -> tuple[float, float]:
-        """Return seconds of the forward; folding reads and writes w once more."""
-        moved = compulsory(traffic.forward(*self._shape, self._tile("fwd")))
-        fold = self._stream(compulsory(traffic.fold(*self._shape[1:])))
-        return self._gemm(moved, _TRITON), self._gemm(traffic.gemm(*self._shape)) + fold
+        """Return seconds of the forward; folding reads and writes w once more.
+
+        What every program draws is added as if it overlapped nothing.
+        """
+        inside = traffic.forward(*self._shape, self._tile("fwd"))
+        fold = traffic.fold(*self._shape[1:])
+        fused = self._gemm(compulsory(inside), _TRITON) + self._draw(inside)
+        folded = self._stream(compulsory(fold)) + self._draw(fold)
+        return fused, folded + self._gemm(traffic.gemm(*self._shape))
 
     def backward(self, trains_weight: bool) -> tuple[float, float]:
         """Return seconds of the backward to x, both gates and the bias, and to w where trained.
@@ -119,6 +134,9 @@ class Layer(NamedTuple):
             kernel, bits, self.family, self._rates.processors, self.m, self.n, self.k
         )
 
+    def _draw(self, moved: traffic.Traffic) -> float:
+        return traffic.draws(moved) * _DRAW / self._rates.lanes if self.noise else 0.0
+
     def _stream(self, moved: int) -> float:
         return moved / self._rates.bandwidth + _LAUNCH
 
@@ -131,8 +149,15 @@ class Layer(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def estimate(
-    m: int, n: int, k: int, size: int, family: str, backward: bool, trains_weight: bool
+    m: int,
+    n: int,
+    k: int,
+    size: int,
+    family: str,
+    backward: bool,
+    trains_weight: bool,
+    noise: bool = True,
 ) -> tuple[float, float]:
     """Return seconds of one pass with the gates inside the GEMM, and folded into w."""
-    layer = Layer(m, n, k, size, family)
+    layer = Layer(m, n, k, size, family, noise)
     return layer.backward(trains_weight) if backward else layer.forward()

@@ -142,6 +142,9 @@ GEMM: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
 ALIGN = 16
 # Up to this many tokens a GEMM gathers x in its own loads; beyond, one pass makes it dense first.
 GATHER_ROWS = 64
+# The share of the multiprocessors that a tile must occupy: the next smaller one keeps all of them
+# busy, but draws the gates of a contraction in up to four times as many programs.
+FILLED = 0.9
 # Rows and columns that a program of the streaming kernels takes; of sums over rows so many steps,
 # as every program leaves a row of fp32 sums behind.
 STREAM = {"BLOCK_M": 32, "BLOCK": 256, "num_warps": 4}
@@ -202,7 +205,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
 def largest_tile(
     kernel: str, bits: int, family: str, processors: int, m: int, n: int, k: int
 ) -> Tile:
-    """Return the largest tile that wastes less than half of its rows and fills the device.
+    """Return the largest tile that wastes less than half its rows and is `FILLED` of a device.
 
     Without one that fills it, the last and smallest: more programs, each with less to do.
     """
@@ -216,7 +219,7 @@ def largest_tile(
             rows, block_rows, columns, block_columns = n, tile.n, k, tile.k
         if rows <= block_rows // 2:
             continue
-        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= processors:
+        if cdiv(rows, block_rows) * cdiv(columns, block_columns) >= FILLED * processors:
             return tile
     return row[-1]
 

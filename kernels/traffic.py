@@ -29,6 +29,11 @@ def compulsory(traffic: Traffic) -> int:
     return sum(flow.distinct for flow in traffic.values())
 
 
+def draws(traffic: Traffic) -> int:
+    """Return how many gates a kernel's programs draw: each loads its logit."""
+    return sum(flow.loads for name, flow in traffic.items() if name.endswith("logits")) // 4
+
+
 def _flow(width: int, elements: int, loads: int = 0, stores: int = 0) -> Flow:
     """Return the bytes of ``elements``, each loaded and stored so many times."""
     distinct = width * elements

@@ -84,28 +84,25 @@ def test_folding_wins_forward_where_tokens_are_many(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", RATES)
-@pytest.mark.parametrize(("size", "few"), [(2, 128), (4, 15)])
-def test_few_tokens_are_never_folded(size: int, few: int, family: str) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_few_tokens_are_never_folded(size: int, family: str) -> None:
     """It needs no guard of its own: a launch more and w once more cost more than they can save."""
     sizes = (16, 64, 768, 3072, 16384)
-    for m, n, k, ways in itertools.product((1, 8, few), sizes, sizes, PASSES):
+    for m, n, k, ways in itertools.product((1, 8, 64), sizes, sizes, PASSES):
         fused, folded = estimate(m, n, k, size, family, *ways)
         assert fused <= folded, (m, n, k)
 
 
-@pytest.mark.parametrize("family", RATES)
-def test_few_rows_of_w_are_never_folded_in_16_bit(family: str) -> None:
-    """Their roundings would not average out in the gradients of column gates."""
-    for m, n, k, ways in itertools.product(
-        (256, 4096, 65536), (1, 2, 16, 32), (16, 64, 768, 3072, 16384), PASSES
-    ):
-        fused, folded = estimate(m, n, k, 2, family, *ways)
-        assert fused <= folded, (m, n, k)
-
-
-def test_a_backward_costs_more_than_a_forward_and_training_the_weight_a_gemm_more() -> None:
+def test_training_the_weight_costs_a_gemm_more() -> None:
     layer = Layer(4096, 4096, 4096, 2)
-    for forward, frozen, trained in zip(
-        layer.forward(), layer.backward(False), layer.backward(True), strict=True
-    ):
-        assert forward < frozen < trained
+    for frozen, trained in zip(layer.backward(False), layer.backward(True), strict=True):
+        assert frozen < trained
+
+
+def test_only_noise_is_drawn() -> None:
+    """By every program of the GEMM for its whole contraction: more than the fold draws."""
+    layer = Layer(4096, 4096, 4096, 2)
+    still = layer._replace(noise=False)
+    fused, folded = (a - b for a, b in zip(layer.forward(), still.forward(), strict=True))
+    assert fused > 3 * folded > 0
+    assert layer.backward(False) == still.backward(False)

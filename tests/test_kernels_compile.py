@@ -231,6 +231,9 @@ def test_the_tile_fits_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = {m: gemm_tile("fwd", x, m, 4096, 4096) for m in (1, 32, 16384)}
     assert tiles[1].m == 16
     assert tiles[16384][:3] == (128, 256, 64)
+    # 128 tiles of 128 × 128 keep 132 multiprocessors busy enough, 96 don't.
+    assert gemm_tile("fwd", x, 1024, 2048, 8192)[:2] == (128, 128)
+    assert gemm_tile("fwd", x, 1024, 1536, 8192)[:2] == (64, 64)
     for kernel in ("fwd", "bwd_x", "bwd_w", "fwd_map", "bwd_x_map"):
         for m in (0, 1, 7, 100, 4096):
             tile = gemm_tile(kernel, x, m, 768, 768)

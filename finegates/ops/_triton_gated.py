@@ -11,6 +11,9 @@ from torch import Tensor
 from ._triton import dense, flat, kernels, on_its_device, precision, refusal, same_dtype
 from .gated_call import GatedCall
 
+# Rows of w that are never folded in 16 bit.
+FEW_ROWS = 32
+
 
 def why_not(
     x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, c: Tensor | None
@@ -94,13 +97,15 @@ def _fold_wins(
         return None, "the weight is compact or in another order"
     if call.closed_grad:
         return None, "closed gates get a gradient, which a folded weight has lost"
+    if x.dtype.itemsize == 2 and n <= FEW_ROWS:
+        return None, f"the roundings of {n} folded rows don't average out in columns' gradients"
     most = kernels().fold.MAX_FEATURES
     if n + k > most:
         return None, f"rows and columns are above the {most} of a folding kernel's grid"
     m = x.numel() // max(k, 1)
     family = kernels().launch.family(x.device) if x.is_cuda else "hopper"
     fused, folded = kernels().costs.estimate(
-        m, n, k, x.dtype.itemsize, family, backward, trains_weight
+        m, n, k, x.dtype.itemsize, family, backward, trains_weight, call.seed is not None
     )
     times = f"{1e6 * fused:.1f} µs fused, {1e6 * folded:.1f} µs folded (estimate)"
     shape = f"at {m}×{n}×{k}"

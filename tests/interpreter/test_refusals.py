@@ -138,6 +138,14 @@ def test_choice_between_fused_and_fold_says_why() -> None:
     fused, fold = reasons(16384, 3072, 768, distribution="ranking", closed_grad=True)
     assert fused is None
     assert fold == "closed gates get a gradient, which a folded weight has lost"
+    assert reasons(2048, 33, 16384)[1] is None
+    fused, fold = reasons(2048, 32, 16384)
+    assert fused is None
+    assert fold == "the roundings of 32 folded rows don't average out in columns' gradients"
+    fused, fold = reasons(2048, 768, 3072)
+    assert fold is None
+    fused, fold = reasons(2048, 768, 3072, noise=False)
+    assert fused is None
     fused, fold = reasons(16384, 3072, 2**21 - 32 - 3072)
     assert fold is None
     fused, fold = reasons(16384, 3072, 2**21 - 32 - 3071)
