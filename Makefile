@@ -26,10 +26,14 @@ bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
 	  $(BIN)/python bench/table.py $$to.json --png $$to.png > $$to.md || exit 1; done
 
 LEVELS := generic avx2 avx512
+# oneDNN, MKL and PyTorch are held to the same level; ONNX Runtime and OpenVINO can't be.
 bench-levels: $(VENV)/.installed  ## a part of the grid at the instruction sets below the CPU's own
 	mkdir -p $(LAYERS)
 	for level in $(LEVELS); do \
-	  FINEGATES_MAX_ISA=$$level $(BIN)/python -m pytest bench --benchmark-only -q --quick \
+	  case $$level in generic) caps='SSE41 SSE4_2 default';; avx2) caps='AVX2 AVX2 avx2';; \
+	    avx512) caps='AVX512_CORE AVX512 avx512';; esac; set -- $$caps; \
+	  FINEGATES_MAX_ISA=$$level ONEDNN_MAX_CPU_ISA=$$1 MKL_ENABLE_INSTRUCTIONS=$$2 \
+	    ATEN_CPU_CAPABILITY=$$3 $(BIN)/python -m pytest bench --benchmark-only -q --quick \
 	    -k bench_grid --benchmark-json=$(LAYERS)/$$level.json || exit 1; \
 	  $(BIN)/python bench/table.py $(LAYERS)/$$level.json > $(LAYERS)/$$level.md || exit 1; done
 

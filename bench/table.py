@@ -145,14 +145,11 @@ def report(machine: dict[str, Any], rows: list[Row]) -> str:
             grid(cells, "dense_ratio", "times faster than dense F.linear, by M"),
             grid(cells, "fastest_dense_ratio", "times faster than the fastest dense runtime"),
             grid(cells, "library_ratio", "times faster than the best library GEMM, gathered shape"),
-            grid(
-                [r for r in cells if "share_of_peak" in r],
-                "share_of_peak",
-                "share of the arithmetic peak",
-                "{:.0%}",
-            ),
             f"**not timed**\n\n{absences(rows)}",
         ]
+        if with_peak := [r for r in cells if "share_of_peak" in r]:
+            title = "share of the arithmetic peak"
+            parts.insert(-1, grid(with_peak, "share_of_peak", title, "{:.0%}"))
     if cells := by_group.get("compiled"):
         columns = ["layer", "dtype", "m", "threads", "compiled_ratio", "compiled_dense_ratio"]
         title = "**over torch.compile with freezing: gathered shape, dense layer**"

@@ -90,6 +90,12 @@ def test_each_miss_is_named_and_rounds_away_from_its_bar(tmp_path: Path) -> None
     ]
 
 
+def test_a_level_without_a_measured_peak_has_no_shares(tmp_path: Path) -> None:
+    row = grid(64, 1.7)
+    del row["share_of_peak"]
+    assert report(tmp_path, row) == "* geometric mean T=1: 1.700 dense_ratio, not 2.200"
+
+
 def test_files_of_two_machines_make_no_table(tmp_path: Path) -> None:
     paths = [
         write(tmp_path / f"{commit}.json", {**MACHINE, "commit": commit}, grid(1, 3.0))
