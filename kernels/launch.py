@@ -205,7 +205,7 @@ def gemm_tile(kernel: str, x: Tensor, m: int, n: int, k: int) -> Tile:
 def largest_tile(
     kernel: str, bits: int, family: str, processors: int, m: int, n: int, k: int
 ) -> Tile:
-    """Return the largest tile that wastes less than half its rows and is `FILLED` of a device.
+    """Return the largest tile that wastes less than half its rows and fills a device (`FILLED`).
 
     Without one that fills it, the last and smallest: more programs, each with less to do.
     """

@@ -88,6 +88,11 @@ class Case:
         dc = (w * r[:, None] * g).square().sum(0).sqrt()
         return self._to_logits(dr, dc, r, c)
 
+    def products(self, dy: Tensor, r: Tensor, c: Tensor) -> list[Tensor]:
+        """Return the sums of absolute products behind y, dx and dw."""
+        x, w, _, dy, r, c = (t.abs() for t in self._at_kept(dy, r, c))
+        return [(x * c) @ w.t() * r, (dy * r) @ w * c, (dy * r).t() @ (x * c)]
+
     def folded(self, r: Tensor, c: Tensor) -> Case:
         """Return the case with r w c and r b as folding stores them, over r and c again."""
         r = r.new_ones(self.w.shape[0]) if self.row_logits is None else r
@@ -224,7 +229,11 @@ def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> 
     torch.testing.assert_close(c, plain_c, atol=2e-6, rtol=0)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     exact_y, exact = case.exact(dy, r, c)
-    stored_y, stored, magnitudes = exact_y, list(exact), [0.0] * len(NAMES)
+    stored_y, stored = exact_y, list(exact)
+    magnitude_y, *magnitudes = [0.0] * (1 + len(NAMES))
+    if case.x.is_cuda and case.x.dtype == torch.float32:
+        # Where rows and columns are few cuBLAS splits a product's sums, which then err less.
+        magnitude_y, magnitudes[0], magnitudes[1] = map(_largest, case.products(dy, r, c))
     dx = exact[0]
     if how is FOLD:
         stored_y, (stored[0], *_) = case.folded(r, c).exact(dy, r, c)
@@ -232,11 +241,11 @@ def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> 
     if how is FUSED and mask[1]:
         # A trained weight's kernel sums over G = dyᵀ x for dr and dc, plain over dy ⊙ y and x ⊙ u.
         for side, sums in enumerate(case.magnitudes(dy, r, c), 3):
-            magnitudes[side] = sums.max().item() if sums is not None and sums.numel() else 0.0
+            magnitudes[side] = _largest(sums)
     else:
         stored[3:] = case.by_division(dy, y, dx, r, c)
     plain_y = plain_forward(case, r, c)
-    assert_no_worse(y, plain_y, exact_y, stored=stored_y)
+    assert_no_worse(y, plain_y, exact_y, magnitude_y, stored_y)
     grads = backward(case.call(), dy, y, r, c, mask)
     plain = reference.gated_matmul_backward(case.call(), dy, plain_y, r, c, mask)
     for name, ours, theirs, true, magnitude, at_stored, wanted in zip(
@@ -247,6 +256,10 @@ def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> 
             continue
         ours, theirs = ours.reshape(true.shape), theirs.reshape(true.shape)
         assert_no_worse(ours, theirs, true, magnitude, at_stored)
+
+
+def _largest(sums: Tensor | None) -> float:
+    return sums.max().item() if sums is not None and sums.numel() else 0.0
 
 
 def plain_forward(case: Case, r: Tensor, c: Tensor) -> Tensor:
