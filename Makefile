@@ -61,10 +61,10 @@ profiles: $(VENV)/.installed  ## where the time of whole models goes: encoders p
 
 # With the caller's Python: the pins above are CPU builds of torch. docs/kernels.md says what it
 # needs. Everything runs, whatever failed before; what failed is named last.
-gpu-bench:  ## the GPU's tests, then its tables in bench/results/gpu/CARD
+gpu-bench:  ## the GPU's tests and tables, all in bench/results/gpu/CARD
 	failed=; \
-	for job in "-m pytest tests/test_triton_gpu.py --need-sanitizer" \
-	  "-m pytest -m gpu tests/test_finetune.py" \
+	for job in "bench/gpu_tests.py tests/test_triton_gpu.py --need-sanitizer" \
+	  "bench/gpu_tests.py -m gpu tests/test_finetune.py" \
 	  bench/bench_gated_linear.py bench/gpu_pruned_linear.py; do \
 	  PYTHONPATH=.:tests $(PYTHON) $$job || failed="$$failed [$$job]"; \
 	done; \

@@ -149,6 +149,11 @@ def row(
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def folder_of(name: str) -> Path:
+    """Return where the results of a card lie."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
 class Report:
     """A CSV of rows, and beside it as ``.txt`` what was printed: the verdicts.
 
@@ -159,8 +164,7 @@ class Report:
     """
 
     def __init__(self, output: Path | None, name: str, table: str) -> None:
-        card = re.sub(r"[^a-z0-9]+", "-", name.lower())
-        self.csv = output or RESULTS / card / table
+        self.csv = output or folder_of(name) / table
         self.text = self.csv.with_suffix(".txt")
         self.name = name
         self.rows: list[dict[str, Any]] = []

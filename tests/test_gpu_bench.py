@@ -16,6 +16,7 @@ import bench_gated_linear
 import gpu_clock
 import gpu_layers
 import gpu_stand_in
+import gpu_tests
 import pytest
 import torch
 
@@ -69,7 +70,9 @@ def test_dry_run(
                for name, share in kept.items() if name.startswith("finegates-"))  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["bench_gated_linear.py", "gpu_pruned_linear.py"])
+@pytest.mark.parametrize(
+    "script", ["bench_gated_linear.py", "gpu_pruned_linear.py", "gpu_tests.py"]
+)
 def test_without_a_gpu_it_says_so(script: str) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATHS}
     command = [sys.executable, str(BENCH / script)]
@@ -90,7 +93,9 @@ def test_one_command_runs_the_tests_and_both_tables() -> None:
     assert "tests/test_triton_gpu.py --need-sanitizer" in done.stdout
     scripts = re.findall(r"\b(?:tests|bench)/\w+\.py", done.stdout)
     assert scripts == [
+        "bench/gpu_tests.py",
         "tests/test_triton_gpu.py",
+        "bench/gpu_tests.py",
         "tests/test_finetune.py",
         "bench/bench_gated_linear.py",
         "bench/gpu_pruned_linear.py",
@@ -99,6 +104,16 @@ def test_one_command_runs_the_tests_and_both_tables() -> None:
     failed = make("false")
     assert failed.returncode != 0
     assert all(script in failed.stdout.splitlines()[-1] for script in scripts)
+
+
+def test_what_became_of_each_test_is_kept(tmp_path: Path) -> None:
+    script = tmp_path / "test_two.py"
+    script.write_text("def test_a(): pass\ndef test_b(): assert False\n")
+    folder = tmp_path / "card"
+    assert gpu_tests.run([str(script)], folder) == 1
+    said = (folder / "test_two.txt").read_text()
+    assert re.search(r"^PASSED .*::test_a$", said, re.MULTILINE)
+    assert re.search(r"^FAILED .*::test_b\b", said, re.MULTILINE)
 
 
 def test_the_stand_in_is_a_part_of_cuda() -> None:
