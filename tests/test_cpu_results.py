@@ -103,6 +103,52 @@ def test_removed_columns_do_not_leak(
     assert y[4].isfinite().all()
 
 
+@pytest.mark.parametrize("case", ["plain", "residual", "pair"])
+@pytest.mark.parametrize("weight_dtype", [F32, BF16, torch.int8], ids=["w32", "w16", "w8"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["x32", "x16", "xhalf"])
+@pytest.mark.parametrize("activation", list(ACTIVATE))
+def test_kept_nan_and_inf(
+    activation: str, dtype: torch.dtype, weight_dtype: torch.dtype, case: str
+) -> None:
+    """NaN, Inf and -Inf of x and of the residual come out where PyTorch in fp64 has them."""
+    layer = Layer(97, 65, 71, 43, F32 if weight_dtype is torch.int8 else weight_dtype)
+    weight, scale, rows, columns = layer.weight, None, layer.rows, layer.columns
+    assert rows is not None
+    assert columns is not None
+    if weight_dtype is torch.int8:
+        weight, scale = _cpu.quantize_rows(weight)
+    packed = _cpu.prepare(weight, layer.bias, rows, columns, 97, 65, scale)
+    nan, inf = float("nan"), float("inf")
+    x = random(19, 65, dtype=dtype)
+    for row, values in ((2, [nan]), (5, [inf]), (8, [-inf]), (11, [inf, -inf]), (18, [-inf, nan])):
+        x[row, columns[-len(values) :].long()] = torch.tensor(values, dtype=dtype)
+
+    wide = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    sums = F.linear(x[:, columns.long()].double(), wide, layer.bias.double())
+    z = ACTIVATE[activation](sums)
+    if activation != "none":  # their limit, where PyTorch multiplies -Inf by 0
+        z = z.masked_fill(sums == -inf, 0)
+    if case == "pair":
+        y = _cpu.pruned_glu(x, packed, packed, 97, activation)
+        z = z * sums
+    elif case == "residual":
+        residual = random(19, 97, dtype=dtype)
+        residual[8], residual[14], residual[15] = inf, nan, -inf
+        y = _cpu.pruned_linear(x, packed, 97, activation, residual)
+    else:
+        y = _cpu.pruned_linear(x, packed, 97, activation)
+    expected = torch.zeros(19, 97, dtype=torch.float64).index_copy_(1, rows.long(), z)
+    if case == "residual":
+        expected += residual
+    # Of a pair the limit times Inf is Inf or NaN.
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert (~expected.isfinite()).sum() > 71
+    if case != "pair":
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y == inf, expected == inf)
+    assert y[2, rows.long()].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_denormals(dtype: torch.dtype) -> None:
     """A removed row passes the residual's on, bit for bit; a kept one adds them to the bias's."""
