@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from finegates import PrunedLinear
-from finegates.ops import reference
+from finegates.ops import pruned_linear, reference
 from numerics import assert_no_worse
 from pruned_case import BACKENDS, COLUMNS, ROWS, asking, example
 
@@ -69,6 +69,19 @@ def test_result_does_not_depend_on_threads(backend: str, threads: int) -> None:
     x = torch.randn(130, 9)
     with torch.no_grad(), asking(backend):
         assert_no_worse(pruned(x), dense(x), copy.deepcopy(dense).double()(x.double()))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_gradcheck(activation: str) -> None:
+    """The op in grad mode is its reference; that is judged in fp64."""
+    shapes = ((3, 7), (4, 5), (4,), (3, 6))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    rows, columns = (torch.tensor(kept).int() for kept in ([0, 2, 3, 5], [0, 1, 3, 5, 6]))
+
+    def op(x: Tensor, w: Tensor, b: Tensor, residual: Tensor) -> Tensor:
+        return pruned_linear(x, w, b, rows, columns, 6, activation=activation, residual=residual)
+
+    assert torch.autograd.gradcheck(op, leaves)
 
 
 def test_round_trip_to_linear() -> None:

@@ -193,6 +193,18 @@ def test_gradcheck_open_mass(distribution: str) -> None:
     assert torch.autograd.gradcheck(op, logits)
 
 
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+def test_gradcheck_norm_gather(norm: str) -> None:
+    shapes = ((3, 7), (7,), (7,))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    columns = torch.tensor([1, 2, 5]).int()
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm_gather(x, columns, weight, bias, norm=norm)
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
 @pytest.mark.parametrize("distribution", ALL)
 @pytest.mark.parametrize("sides", ["rc", "r", "c", ""])
 def test_opcheck_gated_matmul(distribution: str, sides: str) -> None:
