@@ -21,8 +21,6 @@ import finegates
 RESULTS = Path(__file__).parent / "results" / "gpu"
 # More than the L2 of an H100 (50 MiB) or a B200 (126 MiB): every call starts with cold caches.
 FLUSH_BYTES = 256 * 2**20
-# torch's allocator hands out multiples of this many bytes.
-BLOCK = 512
 COLUMNS = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
     "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
@@ -107,20 +105,21 @@ class Clock:
         return int(self.cuda.max_memory_allocated() - before)
 
     def held_bytes(self, forward: Callable[[], Tensor]) -> int:
-        """Return what one forward leaves allocated while its output and graph are held."""
+        """Return the bytes of the tensors that one forward leaves, its output and graph held.
+
+        As requested: what the allocator hands out is whole blocks, whose rest depends on its past.
+        """
         forward()  # cuBLAS keeps a workspace from its first call
         self.cuda.synchronize()
-        before = self.cuda.memory_allocated()
+        before = self._requested()
         held = forward()
         self.cuda.synchronize()
-        after = self.cuda.memory_allocated()
+        after = self._requested()
         del held
-        return int(after - before)
+        return after - before
 
-
-def allocated(*sizes: int) -> int:
-    """Return the bytes that torch's allocator takes for tensors of these sizes in bytes."""
-    return sum(-(-size // BLOCK) * BLOCK for size in sizes)
+    def _requested(self) -> int:
+        return int(self.cuda.memory_stats()["requested_bytes.all.current"])
 
 
 def _quantiles(values: list[float]) -> tuple[float, float, float]:
