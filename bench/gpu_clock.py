@@ -192,9 +192,17 @@ def command_line(description: str | None, repeats: int) -> argparse.ArgumentPars
     """Return what the command line of every GPU table takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--repeats", type=_several, default=repeats)
     parser.add_argument("--output", type=Path, help="CSV; default: bench/results/gpu/CARD/")
     return parser
+
+
+def _several(text: str) -> int:
+    """Return a number of repeats that has quantiles."""
+    count = int(text)
+    if count < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {count}")
+    return count
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> int:

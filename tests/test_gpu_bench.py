@@ -81,6 +81,15 @@ def test_without_a_gpu_it_says_so(script: str) -> None:
     assert "no GPU here" in done.stderr
 
 
+@pytest.mark.parametrize("count", ["1", "0"])
+def test_too_few_repeats_are_refused(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = gpu_clock.command_line(None, repeats=50)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--repeats", count])
+    assert f"must be at least 2, got {count}" in capsys.readouterr().err
+    assert parser.parse_args(["--repeats", "2"]).repeats == 2
+
+
 def make(python: str) -> subprocess.CompletedProcess[str]:
     command = ["make", "--silent", "gpu-bench", f"PYTHON={python}"]
     return subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
