@@ -105,6 +105,16 @@ class Layer(NamedTuple):
         torch = sum(name.startswith("aten.") for way in LAUNCHES["compact"] for name in way)
         return gathers + products + left._second_stage(tiles, tiles) + torch * _LAUNCH
 
+    def pruned(self, rows: int, columns: int) -> float:
+        """Return seconds of `pruned_linear` with so many kept rows and columns, for few tokens."""
+        left = Layer(self.m, rows, columns, self.size, self.family)
+        moved = traffic.pruned(*left._shape[:3], self.n, self.size, left._tile("fwd_map"), False)
+        return left._gemm(compulsory(moved), _TRITON)
+
+    def dense(self) -> float:
+        """Return seconds of a Linear's forward."""
+        return self._gemm(traffic.gemm(*self._shape))
+
     def frozen(self, bias: bool) -> float:
         """Return seconds of a frozen Linear's step: two GEMMs and the sum of dy."""
         plain = traffic.gemm(*self._shape)

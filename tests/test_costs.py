@@ -6,6 +6,7 @@ import itertools
 import runpy
 from pathlib import Path
 
+import gpu_pruned_linear
 import pytest
 
 pytest.importorskip("triton")
@@ -46,6 +47,18 @@ def test_the_page_holds_the_predictions_of_compact_steps() -> None:
             for layer in (Layer(m, n, k, 2) for m in SHAPES["GPU_TOKENS"])
         ]
         assert f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in page
+
+
+def test_the_page_holds_the_predictions_of_pruned_inference() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    for name, (n, k, _) in SHAPES["GPU_LAYERS"].items():
+        cells = [name]
+        for m in SHAPES["GPU_DECODE"]:
+            layer = Layer(m, n, k, 2)
+            left = (SHAPES["kept"](size, REMOVED) for size in (n, k))
+            ratio = layer.dense() / layer.pruned(*left)
+            cells.append(f"**{ratio:.2f}**" if ratio < gpu_pruned_linear.BAR else f"{ratio:.2f}")
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("layer", SHAPES["GPU_LAYERS"])
