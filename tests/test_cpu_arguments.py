@@ -83,6 +83,36 @@ def test_bad_sizes_and_devices(call: Callable[[Tensor, Tensor, int], object]) ->
         call(x.to("meta"), layer.packed, 50)
 
 
+# Views that hold no memory; copied they would take petabytes.
+HUGE = {
+    "fp16": torch.ones(1, 1, dtype=F16).expand(2**45, 7),
+    "no-rows": torch.ones(1, 1).expand(2**45, 7),
+    "three-dimensions": torch.ones(1, 1, 1).expand(2**40, 2**5, 7),
+}
+
+
+@pytest.mark.parametrize("x", HUGE.values(), ids=HUGE)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_room_for_a_copy_of_x(call: Callable[[Tensor, Tensor, int], object], x: Tensor) -> None:
+    nothing = Layer(0, 7, None, 3)  # so that y takes no memory
+    with pytest.raises(MemoryError, match="no room for a tensor of shape"):
+        call(x, nothing.packed, 0)
+
+
+def test_no_room_for_other_copies() -> None:
+    x = torch.empty(2**45, 0, dtype=F16)
+    with pytest.raises(MemoryError, match=r"no room for a tensor of shape \(35184372088832, 4\)"):
+        _cpu.pruned_linear(x, Layer(4, 0).packed, 4, "none", HUGE["fp16"][:, :4])
+    for weight in (HUGE["fp16"], HUGE["no-rows"]):
+        with pytest.raises(MemoryError, match="no room for a tensor of shape"):
+            _cpu.prepare(weight)
+    with pytest.raises(MemoryError, match="no room for a tensor of shape"):
+        _cpu.prepare(torch.ones(2, 3), rows=torch.ones(1, dtype=torch.int32).expand(2**50))
+    packed = _cpu.prepare(torch.ones(2, 0))
+    with pytest.raises(MemoryError, match="no room for a tensor of shape"):
+        _cpu.embedding(torch.zeros(1, dtype=torch.int32).expand(2**50), packed, 0, torch.float32)
+
+
 def test_other_default_device() -> None:
     layer = Layer(50, 40, 33, 29)
     x = random(3, 40)

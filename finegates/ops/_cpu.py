@@ -73,7 +73,7 @@ def _index(name: str, index: Tensor | None) -> Tensor | None:
         low, high = int(index.min()), int(index.max())
         if low < -(2**31) or high > 2**31 - 1:
             raise ValueError(f"{name} must fit int32, got values in [{low}, {high}]")
-    return index.to(device="cpu", dtype=torch.int32).contiguous()
+    return contiguous(index.cpu(), torch.int32)
 
 
 def _row_values(name: str, values: Tensor | None, n_rows: int) -> Tensor | None:
@@ -82,7 +82,7 @@ def _row_values(name: str, values: Tensor | None, n_rows: int) -> Tensor | None:
         return None
     if values.shape != (n_rows,):
         raise ValueError(f"{name} must have shape ({n_rows},), got {tuple(values.shape)}")
-    return values.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    return contiguous(values.detach().cpu(), torch.float32)
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -105,6 +105,19 @@ def _no_room(shape: tuple[int, ...]) -> Exception:
     if min(shape) < 0:
         return ValueError(f"out_features must not be negative, got {shape[-1]}")
     return MemoryError(f"no room for a tensor of shape {shape}")
+
+
+def contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``tensor`` contiguous, in another dtype if given: itself where it is so already.
+
+    Raises:
+        MemoryError: there is no room for a copy.
+    """
+    try:
+        # By name: 0.6 us less.
+        return (tensor if dtype is None else tensor.to(dtype=dtype)).contiguous()
+    except RuntimeError as error:
+        raise _no_room(tuple(tensor.shape)) from error
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -142,13 +155,13 @@ def prepare(
     """
     _check_weight(weight)
     if weight.dtype == torch.float16:
-        weight = weight.float()
+        weight = contiguous(weight, torch.float32)
     if weight.dtype not in _WEIGHT_TYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or int8, got {weight.dtype}")
     if (scale is None) != (weight.dtype != torch.int8):
         raise ValueError(f"scale goes with an int8 weight and only there, got {weight.dtype}")
     n_rows, n_columns = weight.shape
-    weight = weight.detach().contiguous()
+    weight = contiguous(weight.detach())
     rows, columns = _index("rows", rows), _index("columns", columns)
     for name, index, kept in (("rows", rows, n_rows), ("columns", columns, n_columns)):
         if index is not None and index.numel() != kept:
@@ -192,7 +205,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _QUANTIZED_AT_ONCE // max(1, weight.shape[1]))
     for first in range(0, len(weight), step):
         here = slice(first, first + step)
-        wide = weight[here].float()
+        wide = contiguous(weight[here], torch.float32)
         largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
         finite = largest.isfinite()
         if not finite.all():
@@ -264,12 +277,12 @@ def embedding(ids: Tensor, packed: Tensor, features: int, dtype: torch.dtype) ->
             f"packed must keep all of its {d.out_features} rows and of {features} columns, "
             f"got {d.n_rows} rows and {d.n_columns} of {d.in_features} columns"
         )
-    ids = ids.to(torch.int64).contiguous()
+    ids = contiguous(ids, torch.int64)
     y = room(packed, *ids.shape, features, dtype=d.dtype)
     _C.unpack_rows(packed.data_ptr(), packed.numel(), pointer(ids), ids.numel(), pointer(y))
     if d.dtype == torch.int8:
         y = y * _row_floats(packed, d.scale_offset, d.n_rows)[ids][..., None]
-    return y.to(dtype)
+    return contiguous(y, dtype)
 
 
 def _row_floats(packed: Tensor, offset: int, n_rows: int) -> Tensor:
@@ -323,14 +336,14 @@ def pruned_linear(
         if len(shape) == 2 and x.stride(1) == 1 and x.stride(0) >= k:
             stride = x.stride(0)
         else:
-            x = x.contiguous()
+            x = contiguous(x)
     if residual is not None:
         if residual.shape != y.shape or residual.dtype != x.dtype or not residual.is_cpu:
             raise ValueError(
                 f"residual must be {x.dtype} {tuple(y.shape)}, "
                 f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
             )
-        residual = residual.contiguous()
+        residual = contiguous(residual)
     # aligned without its call: 0.1 us.
     if not packed.is_cpu or packed.dtype is not torch.uint8 or not packed.is_contiguous():
         packed = aligned(packed)
@@ -375,7 +388,7 @@ def pruned_linears(
         layers += (p.data_ptr(), p.numel(), y.data_ptr(), n)
         ys.append(y)
     _C.pruned_linears(layers, wide.data_ptr(), m, k, stride, kind)
-    return ys if wide.dtype is x.dtype else [y.to(x.dtype) for y in ys]
+    return ys if wide.dtype is x.dtype else [contiguous(y, x.dtype) for y in ys]
 
 
 def pruned_glu(
@@ -408,7 +421,7 @@ def pruned_glu(
         out_features,
         ACTIVATIONS[activation],
     )
-    return y if wide.dtype is x.dtype else y.to(x.dtype)
+    return y if wide.dtype is x.dtype else contiguous(y, x.dtype)
 
 
 def probe_flops(dtype: torch.dtype) -> float:
@@ -446,7 +459,7 @@ def _operand(x: Tensor) -> tuple[Tensor, int, int]:
     """Return x as the kernels read it (float16 in float32), its type code and row stride."""
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
     if x.dtype is torch.float16:
-        x = x.float()
+        x = contiguous(x, torch.float32)
     kind = TYPES.get(x.dtype)
     if kind is None or not x.is_cpu or x.dim() == 0:
         raise TypeError(
@@ -456,7 +469,7 @@ def _operand(x: Tensor) -> tuple[Tensor, int, int]:
     k = x.shape[-1]
     if x.dim() == 2 and not x.is_contiguous() and x.stride(1) == 1 and x.stride(0) >= k:
         return x, kind, x.stride(0)
-    return x.contiguous(), kind, k
+    return contiguous(x), kind, k
 
 
 def _converted(
@@ -464,5 +477,6 @@ def _converted(
 ) -> Tensor:
     """Run float16 in float32; refuse everything else."""
     wide, _, _ = _operand(x)
-    residual = None if residual is None else residual.float()
-    return pruned_linear(wide, packed, out_features, activation, residual).half()
+    residual = None if residual is None else contiguous(residual, torch.float32)
+    y = pruned_linear(wide, packed, out_features, activation, residual)
+    return contiguous(y, torch.float16)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._cpu import ACTIVATIONS, TYPES, aligned, describe, pointer, pruned_glu, room
+from ._cpu import (
+    ACTIVATIONS,
+    TYPES,
+    aligned,
+    contiguous,
+    describe,
+    pointer,
+    pruned_glu,
+    room,
+)
 from .checks import check_device
 from .reference_blocks import LINEARS
 
@@ -64,14 +73,14 @@ def encoder_layer(
         mask (`Tensor` [B, heads, S, S], *optional*): expanded, of a dtype of `MASK_TYPES`.
     """
     torch.get_num_threads()  # carries torch.set_num_threads into a new Python thread
-    x = x.contiguous()
+    x = contiguous(x)
     y = room(x, *x.shape)
     packed = [aligned(p) for p in packed]
     norms = [norm.contiguous() for norm in norms]
     mask_type, mask_address, strides = 0, 0, [0, 0, 0]
     if mask is not None:
         if mask.stride(-1) != 1:
-            mask = mask.contiguous()
+            mask = contiguous(mask)
         mask_type, mask_address = MASK_TYPES[mask.dtype], mask.data_ptr()
         strides = [stride * mask.element_size() for stride in mask.stride()[:3]]
     _C.encoder_layer(
@@ -191,11 +200,11 @@ def decoder(
                 f"got {mask.dtype} {list(mask.shape)}"
             )
         if mask.stride(-1) != 1:
-            mask = mask.contiguous()
+            mask = contiguous(mask)
         mask_tokens, mask_batch = mask.shape[-1], mask.stride(0)
         mask_query = mask.stride(1) if mask.dim() == 3 else 0
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    positions = positions.to(torch.int64).contiguous()
+    x, cos, sin = contiguous(x), contiguous(cos), contiguous(sin)
+    positions = contiguous(positions, torch.int64)
     y = room(x, *x.shape)
     if y.numel() == 0:
         return y
