@@ -238,6 +238,8 @@ def check(case: Case, how: tuple[Callable[..., Any], ...], mask: list[bool]) -> 
     if how is FOLD:
         stored_y, (stored[0], *_) = case.folded(r, c).exact(dy, r, c)
         dx = backward(case.call(), dy, y, r, c, ONLY_DX)[0]
+    elif r.numel() and not case.call().compact:
+        dx = case.exact(dy * r.to(dy.dtype), torch.ones_like(r), c)[1][0]  # dy ⊙ r enters rounded
     if how is FUSED and mask[1]:
         # A trained weight's kernel sums over G = dyᵀ x for dr and dc, plain over dy ⊙ y and x ⊙ u.
         for side, sums in enumerate(case.magnitudes(dy, r, c), 3):
