@@ -1,8 +1,10 @@
 """Compile the whole launch table ahead of time, without a GPU, and record what it needs.
 
 ``python -m finegates.kernels.compile`` prints the rows that differ from ``resources.json``;
-``--write`` replaces the file. Registers, stack (spills), shared memory, tensor-core instructions
-and the bytes of every operand's loads and stores come from the compiled code of each target.
+``--write`` replaces the file. ``--variant "gated_matmul_fwd[gaussian]" --tile 128,256,64,8,3``
+prints what a tile of M, N, K, warps and stages takes, in the launch table or not. Registers, stack
+(spills), shared memory, tensor-core instructions and the bytes of every operand's loads and stores
+come from the compiled code of each target.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from .launch import (
     STREAM_ODD,
     SUMS,
     SUMS_ODD,
+    Tile,
     gemm_options,
 )
 
@@ -299,6 +302,15 @@ def jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
     return list({job.key: job for job in listed}.values())
 
 
+def trials(name: str, tile: Tile, targets: Iterable[str] = TARGETS) -> list[Job]:
+    """Return the jobs of a variant of a GEMM with any tile, in each of its dtypes."""
+    index = [variant.name for variant in VARIANTS].index(name)
+    if VARIANTS[index].row is None:
+        raise ValueError(f"{name} takes no tile")
+    dtypes = VARIANTS[index].dtypes
+    return [Job(index, target, dtype, gemm_options(tile)) for target in targets for dtype in dtypes]
+
+
 def compile_job(job: Job) -> Resources:
     """Compile one row and return what the code needs."""
     variant, target = VARIANTS[job.variant], TARGETS[job.target]
@@ -394,8 +406,17 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="replace resources.json")
     parser.add_argument("--processes", type=int, help="default: one a core")
     parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--variant", choices=[variant.name for variant in VARIANTS])
+    parser.add_argument("--tile", type=lambda text: Tile(*map(int, text.split(","))))
     arguments = parser.parse_args()
-    with compiling(jobs(arguments.target or TARGETS), arguments.processes) as futures:
+    targets = arguments.target or TARGETS
+    if (arguments.variant is None) != (arguments.tile is None):
+        parser.error("--variant and --tile go together")
+    if arguments.tile is not None:
+        for job in trials(arguments.variant, arguments.tile, targets):
+            sys.stdout.write(f"{job.key}: {compile_job(job)}\n")
+        return 0
+    with compiling(jobs(targets), arguments.processes) as futures:
         measured = {key: future.result() for key, future in futures.items()}
     committed = committed_rows() if RESOURCES.exists() else {}
     changed = {key: row for key, row in measured.items() if committed.get(key) != row}

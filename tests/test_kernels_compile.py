@@ -130,6 +130,16 @@ def test_loads_are_told_apart_by_operand(
     assert set(loads[{"x": "w", "w": "x"}[operand]]) == {"16"}
 
 
+def test_any_tile_of_a_variant_can_be_tried() -> None:
+    tile = GEMM["fwd", 16]["hopper"][0]
+    (job,) = aot.trials("gated_matmul_fwd[ranking]", tile, ["sm_90"])
+    assert job == JOBS[job.key]
+    (other,) = aot.trials("gated_matmul_fwd[ranking]", tile._replace(stages=7), ["sm_90"])
+    assert other.key not in JOBS
+    with pytest.raises(ValueError, match="fold_bwd takes no tile"):
+        aot.trials("fold_bwd", tile)
+
+
 def test_committed_rows_are_within_the_devices_means() -> None:
     for key, row in ROWS.items():
         assert_within_the_devices_means(JOBS[key], row)
