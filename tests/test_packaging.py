@@ -163,6 +163,9 @@ def test_native_wheel_loads(source: Path, tmp_path: Path) -> None:
         assert module.startswith("finegates/_C.")
         assert {n.split("/")[0] for n in wheel.namelist() if "dist-info" not in n} == {"finegates"}
         wheel.extractall(tmp_path / "site")
+    if shutil.which("nm") is not None:
+        exported = run("nm", "-D", "--defined-only", str(tmp_path / "site" / module), cwd=tmp_path)
+        assert [line.split()[-1] for line in exported.splitlines()] == ["PyInit__C"]
     code = (
         "import torch, finegates; from finegates import _native;"
         "assert _native.available(), _native.reason(); print(_native.__file__)"
