@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sanitizers over the native core: `.ci/sanitize.sh [SECONDS]` for each run, Python from $PYTHON.
 #   1. address + undefined behaviour: the fuzz at every level, then the native Python tests
-#   2. threads: eight fuzzing at once
+#   2. threads: eight fuzzing at once, each with teams of its own
 #   3. aarch64 under qemu-user, where the cross compiler is installed
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,4 +41,5 @@ CXXFLAGS="-O1 -g $SANITIZE" LDFLAGS="$SANITIZE" "$PYTHON" setup.py -q build_ext 
 # than the tests without memory leave.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FINEGATES_MAX_ISA=avx512bf16 \
-  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cpu_*.py -k "not no_memory"
+  "$PYTHON" -m pytest -q -p no:cacheprovider \
+  tests/test_cpu_*.py tests/test_packed.py tests/test_packed_embedding.py -k "not no_memory"

@@ -16,8 +16,12 @@ namespace {
 // One K block of gathered rows: it stays in L2 (1 MB here) while panels stream past it.
 constexpr int64_t kGatherBytes = 384 * 1024;
 // Vectors of weight times rows (four at the least) below which a second thread, 2.5 us of waking
-// and waiting, costs more than it brings: 8 us of work.
+// and waiting, costs more than it brings: 8 us of work. The fuzz's small layers are for teams too.
+#ifdef FINEGATES_STD_THREADS
+constexpr int64_t kSerialWork = 600;
+#else
 constexpr int64_t kSerialWork = 60000;
+#endif
 constexpr int64_t kTasksPerThread = 4;
 // Threads split the rows of x, so that each gathers only its own, where there are enough tiles to
 // split evenly and so few panels that gathering all rows on each thread would be seen.

@@ -272,15 +272,39 @@ int64_t impossible(Random& random) {
   return sizes[draw(random, 0, 4)];
 }
 
-// Whether call() ends in std::invalid_argument.
-template <class Call>
+// Whether call() ends in an Error.
+template <class Error = std::invalid_argument, class Call>
 bool refused(const Call& call) {
   try {
     call();
-  } catch (const std::invalid_argument&) {
+  } catch (const Error&) {
     return true;
   }
   return false;
+}
+
+// Rows of the weight by number are those of the whole weight; a number beyond them is refused.
+void check_unpacked_rows(const Case& c, Random& random) {
+  const Packed p = view(c.packed.get(), c.packed_size);
+  const size_t row_bytes = c.k * type_bytes(p.type);
+  Bytes whole(c.n * row_bytes, 0);
+  unpack_weight(p, whole.data);
+  std::vector<int64_t> rows(c.n > 0 ? draw(random, 0, 20) : 0);
+  for (int64_t& row : rows) row = draw(random, 0, c.n - 1);
+  Bytes some(rows.size() * row_bytes, 0);
+  unpack_rows(p, rows.data(), rows.size(), some.data);
+  for (size_t i = 0; i < rows.size() && row_bytes > 0; ++i) {
+    if (std::memcmp(some.data + i * row_bytes, whole.data + rows[i] * row_bytes, row_bytes)) {
+      die("an unpacked row differs from that row of the weight");
+    }
+  }
+  const int64_t outside[] = {-1, c.n, INT64_MIN, INT64_MAX};
+  rows.push_back(outside[draw(random, 0, 3)]);
+  std::swap(rows.back(), rows[draw(random, 0, rows.size() - 1)]);
+  Bytes more(rows.size() * row_bytes, 0);
+  if (!refused<std::out_of_range>([&] { unpack_rows(p, rows.data(), rows.size(), more.data); })) {
+    die("a row beyond the weight was unpacked");
+  }
 }
 
 // What a damaged buffer holds, if it does not contradict itself.
@@ -563,6 +587,7 @@ void work(double seconds, uint64_t seed, int64_t* cases) {
     check_values(c, y.data);
     check_rows_alone(c, y.data, random);
     check_together(c, y.data, random);
+    check_unpacked_rows(c, random);
     for (int i = 0; i < 5; ++i) hostile(random);
     for (int i = 0; i < 5; ++i) hostile_pack(random);
     check_encoder(random);
