@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from ahead import asked_for
+
 triton = pytest.importorskip("triton")
 
 from finegates.kernels import compile as aot  # noqa: E402, needs triton
@@ -150,17 +152,12 @@ def compiling(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, Future[aot.Resources]]]:
     """Key → resources of what the chosen tests ask for, compiled ahead of them on all cores."""
-    chosen = [item.callspec.params for item in request.session.items if asks_to_compile(item)]
-    together = {(params["target"], params["variant"]) for params in chosen}
+    together = {(params["target"], params["variant"]) for params in asked_for(request)}
     listed = [job for job in JOBS.values() if (job.target, job.variant) in together]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with aot.compiling(listed) as futures:
             yield futures
-
-
-def asks_to_compile(item: pytest.Item) -> bool:
-    return "compiling" in getattr(item, "fixturenames", ())
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from ahead import asked_for
+
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
@@ -33,9 +35,8 @@ def interpret(path: Path) -> Done:
 @pytest.fixture(scope="module")
 def interpreting(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future[Done]]]:
     """File → its run, of the chosen files, ahead of the tests that ask and a file for each core."""
-    chosen = [item for item in request.session.items if item.path == Path(__file__)]
     pool = ThreadPoolExecutor(os.cpu_count())
-    paths = [item.callspec.params["path"] for item in chosen]
+    paths = [params["path"] for params in asked_for(request)]
     try:
         yield {path: pool.submit(interpret, path) for path in paths}
     finally:
