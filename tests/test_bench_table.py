@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,16 @@ def test_files_of_two_machines_make_no_table(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "the files differ in commit: abc, abd" in done.stderr
+
+
+def test_the_readmes_table_is_the_measured_one() -> None:
+    root = TABLE.parents[1]
+    section = (root / "README.md").read_text().split("## The CPU kernels")[1].split("\n## ")[0]
+    path = re.search(r"\((bench/results/layers/\w+/one-thread)\.png\)", section)
+    assert path is not None
+    measured = (root / f"{path[1]}.md").read_text().split("**times faster than dense F.linear")[1]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 7 * 2
+    assert [row for row in rows if row not in measured.split("**")[1]] == []
+    least, mean = re.findall(r"Least (\d\.\d+), geometric mean (\d\.\d+)", section)[0]
+    assert f"least {least}, geometric mean {mean}" in measured.split("**")[1]
