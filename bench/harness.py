@@ -88,22 +88,31 @@ def make_case(layer: str | tuple[int, int], dtype: str, m: int, removed: float) 
         "ours": lambda: _cpu.pruned_linear(case.x, case.packed, n),
         "dense": lambda: F.linear(case.x, case.weight, case.bias),
         "compact": lambda: F.linear(case.compact_x, compact, compact_bias),
-        **_prepacked(case.compact_x, compact, compact_bias),
     }
+    _add_prepacked(case)
     return case
 
 
-def _prepacked(x: Tensor, w: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The libraries' own packed weights, on the already gathered shape."""
-    found: dict[str, Callable[[], Tensor]] = {}
+def _add_prepacked(case: Case) -> None:
+    """Add the libraries' own packed weights, on the already gathered shape."""
+    x, w, b = case.compact_x, case.compact_weight, case.compact_bias
     m = x.shape[0]
     if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        onednn = torch.ops.mkldnn._reorder_linear_weight(w, m)
-        found["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, onednn, b, "none", [], "")
+        try:
+            onednn = torch.ops.mkldnn._reorder_linear_weight(w, m)
+        except RuntimeError as error:  # bf16 below AVX-512
+            case.absent["onednn"] = _one_line(error)
+        else:
+            case.candidates["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
+                x, onednn, b, "none", [], ""
+            )
     if w.dtype == torch.float32 and torch.backends.mkl.is_available():
         mkl = torch.ops.mkl._mkl_reorder_linear_weight(w, m)
-        found["mkl"] = lambda: torch.ops.mkl._mkl_linear(x, mkl, w, b, m)
-    return found
+        case.candidates["mkl"] = lambda: torch.ops.mkl._mkl_linear(x, mkl, w, b, m)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def add_peers(case: Case, makers: dict[str, Callable[..., Callable[[], Tensor]]]) -> None:
@@ -116,7 +125,7 @@ def add_peers(case: Case, makers: dict[str, Callable[..., Callable[[], Tensor]]]
                 case.candidates[name] = make(*gathered)
                 case.candidates[f"dense {name}"] = make(*whole)
         except (ImportError, NotImplementedError) as error:
-            case.absent[name] = " ".join(str(error).split())[:200]
+            case.absent[name] = _one_line(error)
 
 
 def check(case: Case) -> None:
