@@ -124,7 +124,7 @@ def add_peers(case: Case, makers: dict[str, Callable[..., Callable[[], Tensor]]]
             with warnings.catch_warnings(action="ignore"):
                 case.candidates[name] = make(*gathered)
                 case.candidates[f"dense {name}"] = make(*whole)
-        except (ImportError, NotImplementedError) as error:
+        except (ImportError, NotImplementedError, RuntimeError) as error:
             case.absent[name] = _one_line(error)
 
 
