@@ -18,7 +18,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.kernels: list[tuple[str, dict[str, Any]]] = []
-        self.tiles: set[tuple[str, str | int]] = set()
+        self.tiles: set[tuple[str, str | int | None]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
@@ -28,8 +28,11 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def add(self, kernel: str, arguments: dict[str, Any], row: str | None) -> None:
-        """Note the launch of a kernel of ours, and where its tile is from: a row, or its BLOCK."""
+        """Note the launch of a kernel of ours, and where its tile is from: a row, or its BLOCK.
+
+        A test that launches a kernel itself has no row.
+        """
         self.names.append(kernel)
-        self.tiles.add((kernel, row or arguments["BLOCK"]))
+        self.tiles.add((kernel, row or arguments.get("BLOCK")))
         kept = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
         self.kernels.append((kernel, kept))

@@ -60,7 +60,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        row = rows[-1] if "GROUP_M" in given else None
+        row = rows[-1] if "GROUP_M" in given and rows else None
         noted.add(self.fn.__name__.removeprefix("_").removesuffix("_kernel"), given, row)
         if self.fn in compiled:
             form = form_of(given, self.constexprs)
