@@ -36,7 +36,7 @@ def transforms_run() -> bool:
 def wants_gradient(*operands: Tensor | None) -> bool:
     """Return whether grad mode is on and an operand requires a gradient."""
     if torch.is_grad_enabled():
-        for t in operands:  # a generator expression would cost 0.3 µs more
+        for t in operands:  # a generator expression would cost 0.2 µs more
             if t is not None and t.requires_grad:
                 return True
     return False

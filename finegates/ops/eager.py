@@ -20,7 +20,7 @@ _CLASSES = (Tensor, nn.Parameter)
 # By one lookup and without a wrapper: 0.1 µs a call less.
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
-_autocasts = torch._C._is_any_autocast_enabled  # of any device: no name to look up, 0.1 µs less
+_autocasts = torch.is_autocast_enabled
 
 
 def is_plain(x: Tensor, types: Container[torch.dtype] = _TYPES) -> bool:
@@ -39,7 +39,7 @@ def is_plain(x: Tensor, types: Container[torch.dtype] = _TYPES) -> bool:
         or transforms_run()
         or _is_tracing()
         or _native._C is None
-        or _autocasts()
+        or _autocasts("cpu")
         or not dispatch.is_free()
     )
 
