@@ -17,7 +17,9 @@ from finegates.report import cpu_name
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("finegates")
-    group.addoption("--quick", action="store_true", help="an eighth of the cells, a minute on one thread")
+    group.addoption(
+        "--quick", action="store_true", help="an eighth of the cells, a minute on one thread"
+    )
     group.addoption("--threads", default="1", help="thread counts, comma separated, or 'all'")
     group.addoption(
         "--clock",

@@ -2,10 +2,10 @@
 
 python bench/loops.py build/native-*/kernel_avx512bf16.o
 
-A turn of a loop is four units: 128 bytes of each panel. ``products`` are its multiply-adds or dot
-products: at one 512-bit product a cycle (Zen 4; two on Zen 5) the least number of its cycles.
-``loads`` counts every read of memory (two a cycle), ``stack`` those of them that are spills,
-``other`` what is neither, nor a prefetch.
+A turn of a loop is four units: 128 bytes of each panel. A ``tile`` is alone or one of several that
+share weights. ``products`` are multiply-adds or dot products: at one 512-bit product a cycle (Zen
+4; two on Zen 5) the least number of a turn's cycles. ``loads`` counts every read of memory (two a
+cycle), ``stack`` those of them that are spills, ``other`` what is neither, nor a prefetch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 KINDS = ("fp32", "bf16", "bf16 as dot products", "int8", "int8 as dot products")
-FUNCTION = re.compile(r"tile<\(finegates::Kind\)(\d), (\d+), (\d+), (\d+)>")
+FUNCTION = re.compile(r"tile<\(finegates::Kind\)(\d), (\d+), (\d+), (\d+), (\w+)>")
 LINE = re.compile(r"^\s*([0-9a-f]+):\t(\S+)\s*(.*)$")
 JUMP = re.compile(r"^([0-9a-f]+) <")
 UNITS = 4  # of a turn
@@ -25,7 +25,7 @@ PARTS = (1, 2, 1, 4, 2)  # products of a kind for each unit
 
 
 def disassemble(path: Path) -> dict[tuple[int, ...], list[tuple[int, str, str]]]:
-    """Return (kind, rows, panels, vectors) → address, mnemonic and operands of each instruction."""
+    """Return (kind, rows, panels, vectors, alone) → each instruction's address, name, operands."""
     command = ["objdump", "-d", "--no-show-raw-insn", "-C", str(path)]
     functions: dict[tuple[int, ...], list[tuple[int, str, str]]] = {}
     lines: list[tuple[int, str, str]] = []
@@ -33,7 +33,8 @@ def disassemble(path: Path) -> dict[tuple[int, ...], list[tuple[int, str, str]]]
         if line.endswith(">:"):
             lines = []
             if found := FUNCTION.search(line):
-                functions[tuple(map(int, found.groups()))] = lines
+                *shape, alone = found.groups()
+                functions[(*map(int, shape), alone == "true")] = lines
         elif found := LINE.match(line):
             lines.append((int(found[1], 16), found[2], found[3]))
     return functions
@@ -74,14 +75,16 @@ def main() -> None:
     parser.add_argument("object", type=Path, help="a level's object file, from setup.py build_ext")
     arguments = parser.parse_args()
     columns = ["all", "products", "loads", "stack", "prefetches", "other"]
-    heads = ["weights", "rows × panels", *columns]
+    heads = ["weights", "rows × panels", "tile", *columns]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for (kind, rows, panels, vectors), lines in sorted(disassemble(arguments.object).items()):
+    functions = disassemble(arguments.object)
+    for (kind, rows, panels, vectors, alone), lines in sorted(functions.items()):
         run = turn(lines, UNITS * rows * panels * vectors * PARTS[kind])
         if vectors == 1 or not run:  # one vector: the narrow tile at the end of the last panel
             continue
         found = count(run)
-        cells = [KINDS[kind], f"{rows} × {panels}", *(str(found[name]) for name in columns)]
+        tile = "alone" if alone else "shared"
+        cells = [KINDS[kind], f"{rows} × {panels}", tile, *(str(found[name]) for name in columns)]
         print(f"| {' | '.join(cells)} |")
 
 

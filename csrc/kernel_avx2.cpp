@@ -31,8 +31,11 @@ struct Vec : ScalarChunks {
   static constexpr int tile_rows(Kind kind) { return kind == Kind::kF32 ? 6 : 5; }
   static constexpr int group(Kind, int rows) { return rows <= 1 ? 2 : 1; }
   static constexpr int vecs(int rows) { return rows <= 2 ? 4 : 2; }
-  // Units summed in one chain before they join the total: 384 products.
-  static constexpr int chain(Kind kind) { return kUnits / operand_units(kind); }
+  // Units summed in one chain before they join the total: at most 384 products, and 24 KB of
+  // weights, which stay in L1 while all rows meet them in two halves of a panel.
+  static constexpr int chain(Kind kind) {
+    return kind == Kind::kF32 ? kUnits / 2 : kUnits / operand_units(kind);
+  }
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set(float x) { return _mm256_set1_ps(x); }

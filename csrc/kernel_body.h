@@ -2,9 +2,10 @@
 // this file and exports make_kernels(). Nothing here may come from std:: (a weak symbol compiled
 // with this file's flags could be picked by the linker for everybody).
 //
-// For each panel of 32 outputs, for each K block, for each tile of rows: acc = x_block * w_block
-// in registers, then c += acc, the first block starting from the bias. A result is therefore one
-// fixed chain of operations, whatever the tile's shape, the batch or the thread.
+// For each panel of 32 outputs, for each K block, for each chain of its units, for each tile of
+// rows: acc = x_chain * w_chain in registers, then c += acc, the first chain starting from the
+// bias. A result is therefore one fixed series of operations, whatever the tile's shape, the batch
+// or the thread.
 #include "kernel_epilogue.h"
 #include "kernels.h"
 
@@ -17,11 +18,15 @@ constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
 constexpr int ahead_of(int rows, int panels) {
   return panels > 1 ? 4096 : rows <= 9 ? 16384 : 8192;
 }
+// Tiles that are one of several over the same weights each bring a share of the next ones into L2.
+constexpr bool brings_next(int panels, bool alone) { return panels == 1 && !alone; }
 // Whether a tile asks for every line of its weights, into L1. Where few rows meet several panels a
 // request costs as much as the load, so these ask for one line in eight, into L2: the hardware's
-// prefetcher fetches what is between.
-template <Kind K, int NP>
-constexpr bool kEveryLine = NP == 1 || K == Kind::kI8 || K == Kind::kI8Dot;
+// prefetcher fetches what is between. A tile that takes a part of a panel and shares it finds it in
+// L1, because its chain is short, or in L2.
+template <Kind K, int NP, int NV, bool kAlone>
+constexpr bool kEveryLine =
+    NP == 1 ? kAlone || NV == kPanelVecs : K == Kind::kI8 || K == Kind::kI8Dot;
 
 struct TileArgs {
   const uint8_t* a;
@@ -30,7 +35,7 @@ struct TileArgs {
   int64_t units;
   int64_t stream_units;  // from w to where the stream of weights jumps
   int64_t jump;          // bytes
-  uintptr_t next;        // weights to bring into L2 meanwhile
+  uintptr_t next;        // weights to bring into L2 meanwhile, where several tiles share
   int64_t next_step;     // bytes a unit
   float* c;
   int64_t c_stride;
@@ -65,7 +70,7 @@ FG_INLINE void prefetch(uintptr_t at) {
   __builtin_prefetch(reinterpret_cast<const void*>(at), 0, kLocality);
 }
 
-template <Kind K, int MR, int NP, int NV>
+template <Kind K, int MR, int NP, int NV, bool kAlone>
 FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
                          size_t panel_bytes, int64_t ahead) {
   constexpr int kN = NP * NV;
@@ -74,7 +79,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (kEveryLine<K, NP> && j % NV * (Vec::kLanes * 4) % 64 == 0) {
+    if (kEveryLine<K, NP, NV, kAlone> && j % NV * (Vec::kLanes * 4) % 64 == 0) {
       prefetch<3>(address(at) + (NP > 1 ? ahead : ahead_of(MR, NP)));
     }
   }
@@ -119,10 +124,11 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   }
 }
 
-// One tile: MR rows by NP panels, NV vectors of each.
-template <Kind K, int MR, int NP, int NV>
+// One tile: MR rows by NP panels, NV vectors of each; alone, or one of several that share weights.
+template <Kind K, int MR, int NP, int NV, bool kAlone>
 void tile(const TileArgs& t) {
   constexpr int kStep = row_stride(K) / kUnits;
+  constexpr int kPasses = kPanelVecs / NV;  // over each line of `next`
   F acc[MR][NP * NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
@@ -143,21 +149,22 @@ void tile(const TileArgs& t) {
   int64_t left = t.units - rest;
   for (;;) {
     for (; left >= 4; left -= 4) {
-      if constexpr (!kEveryLine<K, NP>) {
+      if constexpr (NP > 1 && !kEveryLine<K, NP, NV, kAlone>) {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; ++p) prefetch<2>(address(w + p * t.panel_bytes) + ahead);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        tile_step<K, MR, NP, NV>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes, ahead);
-        if (NP == 1 && MR > 6) prefetch<2>(next + i * t.next_step);
+        tile_step<K, MR, NP, NV, kAlone>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes,
+                                         ahead);
+        if (brings_next(NP, kAlone) && i % kPasses == 0) prefetch<2>(next + i * t.next_step);
       }
       next += 4 * t.next_step;
       a += 4 * kStep;
       w += 4 * kUnitBytes;
     }
     for (; left > 0; --left) {
-      tile_step<K, MR, NP, NV>(acc, a, w, t.panel_bytes, ahead);
+      tile_step<K, MR, NP, NV, kAlone>(acc, a, w, t.panel_bytes, ahead);
       a += kStep;
       w += kUnitBytes;
     }
@@ -185,6 +192,7 @@ struct Shapes {
   int vecs;              // vectors of a panel in a `single` tile
   TileFunction grouped;  // `group` whole panels
   TileFunction single;   // `vecs` vectors of one panel
+  TileFunction shared;   // the same, one of several tiles of rows
   TileFunction narrow;   // one vector of one panel, for the end of the last panel
 };
 
@@ -193,8 +201,12 @@ constexpr Shapes shapes() {
   constexpr int kGroup = Vec::group(K, MR);
   constexpr int kVecs = Vec::vecs(MR);
   constexpr int kGroupedVecs = kGroup == 1 ? kVecs : kPanelVecs;
-  return {kGroup, kVecs, tile<K, MR, kGroup, kGroupedVecs>, tile<K, MR, 1, kVecs>,
-          tile<K, MR, 1, 1>};
+  return {kGroup,
+          kVecs,
+          tile<K, MR, kGroup, kGroupedVecs, true>,
+          tile<K, MR, 1, kVecs, true>,
+          tile<K, MR, 1, kVecs, false>,
+          tile<K, MR, 1, 1, true>};
 }
 
 template <Kind K>
@@ -219,15 +231,17 @@ const Shapes& shapes_of(int64_t rows) {
 }
 
 // `group` whole panels, or `vecs` vectors of one panel.
-void run_tile(const Shapes& shape, TileArgs args, int64_t group, int vecs) {
+FG_INLINE void run_tile(const Shapes& shape, TileArgs& args, int64_t group, int vecs, bool alone) {
   if (group > 1) return shape.grouped(args);
+  const TileFunction whole_tile = alone ? shape.single : shape.shared;
   for (int v = 0; v < vecs;) {
     const bool whole = v + shape.vecs <= vecs;
-    (whole ? shape.single : shape.narrow)(args);
+    (whole ? whole_tile : shape.narrow)(args);
     const int done = whole ? shape.vecs : 1;
     args.w += done * Vec::kLanes * 4;
     args.c += done * Vec::kLanes;
     args.addend += done * Vec::kLanes;
+    args.next += args.units * args.next_step;
     v += done;
   }
 }
@@ -243,10 +257,11 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
   const int64_t all_units = (p.columns + unit - 1) / unit;
   const int64_t block_units = p.block_columns / unit;
   const int64_t tiles = (rows + Vec::tile_rows(K) - 1) / Vec::tile_rows(K);
-  constexpr int64_t kChain = Vec::chain(K);
   const int64_t limit = p.row_segments[last_panel].start;
   const int64_t up_offset = result_floats(rows);
-  const int64_t next_step = tiles > 1 ? divide_up(kUnitBytes, tiles) : 0;
+  // Passes of a tile over its weights, and what each brings of the next ones for each unit.
+  const int64_t passes = kPanelVecs / shapes_of<K>(divide_up(rows, tiles)).vecs;
+  const int64_t next_step = divide_up(kUnitBytes, tiles * passes);
   for (int64_t panel = first_panel; panel < last_panel;) {
     // Panels that share a K block of gathered rows while it is in L2, and, where a single tile
     // holds all rows, panels multiplied at once.
@@ -271,57 +286,61 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
         const int vecs = group > 1 || outputs >= kPanel
                              ? kPanelVecs
                              : static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
-        // The block that comes after this one: every tile brings its part, so that memory is read
-        // throughout, not only under the first tile of every block.
         const bool last_q = q + group >= span;
         const int64_t next_panel = last_q ? (last_block ? panel + span : panel) : panel + q + 1;
         const int64_t next_unit = !last_q ? first_unit : last_block ? 0 : end_unit;
-        const int64_t next =
-            next_panel * static_cast<int64_t>(p.panel_bytes) + next_unit * kUnitBytes;
-        int64_t tile_row = 0;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t tile_rows = (rows - tile_row) / (tiles - t);
-          const Shapes& shape = shapes_of<K>(tile_rows);
-          float* const tile_c = c + tile_row * c_stride + q * kPanel;
-          for (int half = 0; half <= (call.pair ? 1 : 0); ++half) {
-            const Packed& weights = half == 0 ? p : call.up;
-            float* const half_c = tile_c + half * up_offset;
-            // At least once, also without columns: the bias still has to arrive.
-            for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += kChain) {
+        const int64_t chains = divide_up(end_unit - first_unit, Vec::chain(K));
+        const int64_t chain = chains > 1 ? divide_up(end_unit - first_unit, chains) : block_units;
+        // At least once, also without columns: the bias still has to arrive.
+        for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += chain) {
+          const int64_t units = end_unit - unit < chain ? end_unit - unit : chain;
+          const bool last_chain = unit + units >= end_unit;
+          // What comes after this chain: every tile brings its part, so that memory is read
+          // throughout, not only under the first one.
+          const int64_t next =
+              (last_chain ? next_panel : panel + q) * static_cast<int64_t>(p.panel_bytes) +
+              (last_chain ? next_unit : unit + units) * kUnitBytes;
+          int64_t tile_row = 0;
+          for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t tile_rows = (rows - tile_row) / (tiles - t);
+            const Shapes& shape = shapes_of<K>(tile_rows);
+            float* const tile_c = c + tile_row * c_stride + q * kPanel;
+            for (int half = 0; half <= (call.pair ? 1 : 0); ++half) {
+              const Packed& weights = half == 0 ? p : call.up;
+              float* const half_c = tile_c + half * up_offset;
               TileArgs args;
               args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
                        (unit - first_unit) * (row_stride(K) / kUnits);
               args.w = weights.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
               args.panel_bytes = p.panel_bytes;
-              args.units = end_unit - unit < kChain ? end_unit - unit : kChain;
-              if (call.pair) {  // this block of the other layer, then the next block
+              args.units = units;
+              if (call.pair) {  // this chain of the other layer, then the next chain
                 const int64_t other = reinterpret_cast<intptr_t>(call.up.panels) -
                                       reinterpret_cast<intptr_t>(p.panels);
-                args.stream_units = end_unit - unit;
-                args.jump = half == 0 ? other - (end_unit - first_unit) * kUnitBytes
-                                      : (last_block ? group_jump : 0) - other;
+                args.stream_units = units;
+                args.jump = half == 0 ? other - units * kUnitBytes
+                                      : (last_chain && last_block ? group_jump : 0) - other;
               } else {
                 args.stream_units = all_units - unit;
                 args.jump = group_jump;
               }
+              args.next = address(weights.panels) + next + t * passes * units * next_step;
               args.next_step = next_step;
-              args.next = address(weights.panels) + next +
-                          ((unit - first_unit) * tiles + t * args.units) * next_step;
               args.c = half_c;
               args.c_stride = c_stride;
               const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;
               args.addend = unit == 0 ? first : half_c;
               args.addend_stride = unit == 0 ? 0 : c_stride;
-              run_tile(shape, args, group, vecs);
+              run_tile(shape, args, group, vecs, tiles == 1);
             }
-          }
-          if (last_block) {
-            for (int64_t g = 0; g < group; ++g) {
-              finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
-                     tile_c + g * kPanel, c_stride, tile_c + g * kPanel + up_offset);
+            if (last_chain && last_block) {
+              for (int64_t g = 0; g < group; ++g) {
+                finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
+                       tile_c + g * kPanel, c_stride, tile_c + g * kPanel + up_offset);
+              }
             }
+            tile_row += tile_rows;
           }
-          tile_row += tile_rows;
         }
       }
     }

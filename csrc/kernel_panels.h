@@ -121,17 +121,16 @@ void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units
   TileArgs args;
   args.panel_bytes = 0;
   args.units = args.stream_units = units;
-  args.jump = args.next_step = 0;
+  args.jump = 0;
   args.c_stride = c_stride;
   args.addend_stride = add ? c_stride : 0;
   for (int64_t p = 0; p < outputs; p += kPanel) {
     args.a = reinterpret_cast<const uint8_t*>(x);
     args.w = reinterpret_cast<const uint8_t*>(w + p * units);
-    args.next = address(args.w);
     args.c = c + p;
     args.addend = add ? c + p : kZeros;
     const int64_t left = outputs - p < kPanel ? outputs - p : kPanel;
-    run_tile(shape, args, 1, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes));
+    run_tile(shape, args, 1, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes), true);
   }
 }
 
