@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,9 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
 def read_bandwidth(megabytes: int, threads: int) -> float:
     """Return bytes a second that ``threads`` cores read together, each from a buffer of its own.
 
-    The best of three prefetch distances and of 1, 2 and 4 streams.
+    The best of three prefetch distances and of 1, 2 and 4 streams. Threads read for as long as each
+    other: a rate is that of a whole pass, not of its best part, which one of them may have had to
+    itself.
 
     Args:
         megabytes: of each buffer; what fits a cache is read from it.
@@ -55,7 +58,11 @@ def read_bandwidth(megabytes: int, threads: int) -> float:
     repeats = max(1, 256 // megabytes)
 
     def reads(streams: int, ahead: int) -> Callable[[int], float]:
-        return lambda i: max(_cpu.probe_read(buffers[i], streams, ahead) for _ in range(repeats))
+        def measure(i: int) -> float:
+            rates = [_cpu.probe_read(buffers[i], streams, ahead) for _ in range(repeats)]
+            return max(rates) if threads == 1 else statistics.harmonic_mean(rates)
+
+        return measure
 
     return _best(threads, [reads(*how) for how in _READS] * _PASSES)
 
