@@ -26,7 +26,7 @@ bench: $(VENV)/.installed  ## CPU kernels against every baseline: the whole grid
 	  $(BIN)/python bench/table.py $$to.json --png $$to.png > $$to.md || exit 1; done
 
 LEVELS := generic avx2 avx512
-# oneDNN (OpenVINO's too), MKL and PyTorch are held to the same level; ONNX Runtime can't be.
+# oneDNN, MKL and PyTorch are held to the same level; OpenVINO and ONNX Runtime can't be.
 bench-levels: $(VENV)/.installed  ## a part of the grid at the instruction sets below the CPU's own
 	mkdir -p $(LAYERS)
 	for level in $(LEVELS); do \
