@@ -71,8 +71,9 @@ def shares(case: Case, dtype: str, threads: int, seconds: float) -> dict[str, fl
     """Return the shares of this machine's ceilings that a call reaches, of those that it has.
 
     That is the arithmetic peak, which no probe measures at the generic level, and bandwidth where
-    the weight exceeds the last-level cache. Both move with what the neighbours do (two cores'
-    bandwidth by 1.7), so each cell that is held against one measures it anew.
+    the weight exceeds the last-level cache. Both ceilings move with what the neighbours do (two
+    cores' bandwidth by 1.7), so each cell has its own peak, and at M = 1, where it has a bar, its
+    own bandwidth.
     """
     found = {}
     if case.weight_bytes > last_level_cache():

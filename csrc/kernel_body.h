@@ -39,7 +39,7 @@ struct TileArgs {
   int64_t next_step;     // bytes a unit
   float* c;
   int64_t c_stride;
-  const float* addend;  // c itself, or the bias with stride 0 in the first K block
+  const float* addend;  // c itself, or the bias with stride 0 in the first chain
   int64_t addend_stride;
 };
 

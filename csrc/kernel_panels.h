@@ -122,6 +122,8 @@ void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units
   args.panel_bytes = 0;
   args.units = args.stream_units = units;
   args.jump = 0;
+  args.next = 0;  // a tile alone brings nothing
+  args.next_step = 0;
   args.c_stride = c_stride;
   args.addend_stride = add ? c_stride : 0;
   for (int64_t p = 0; p < outputs; p += kPanel) {

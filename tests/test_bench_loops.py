@@ -8,7 +8,7 @@ import loops
 import pytest
 
 LISTING = """
-0 <void finegates::(anonymous namespace)::tile<(finegates::Kind)0, 1, 1, 2>(TileArgs const&)>:
+0 <void finegates::(anonymous namespace)::tile<(finegates::Kind)0, 1, 1, 2, true>(TileArgs const&)>:
    0:\tvmovups (%rsi),%zmm1
    6:\tjle    30 <tail>
    8:\tvmovups (%rsi),%zmm1
@@ -25,7 +25,7 @@ LISTING = """
 def test_a_turn_is_told_from_what_is_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops.subprocess, "check_output", lambda *_, **__: LISTING)
     (key, lines), *others = loops.disassemble(Path("object")).items()
-    assert (key, others) == ((0, 1, 1, 2), [])
+    assert (key, others) == ((0, 1, 1, 2, True), [])
     run = loops.turn(lines, 2)
     assert loops.count(run) == {
         "all": 7, "products": 2, "loads": 3, "stack": 1, "prefetches": 1, "other": 2,

@@ -65,6 +65,29 @@ def test_bitwise_for_any_batch_position_and_threads(
             assert torch.equal(layer.run(x[5:6], "gelu"), whole[5:6])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["x32", "x16"])
+@pytest.mark.parametrize("kind", ["int8", "pair"])
+def test_bitwise_for_any_batch_and_position_of_int8_and_pairs(
+    kind: str, dtype: torch.dtype
+) -> None:
+    layer, other = (Layer(300, 900, 233, 697, dtype) for _ in range(2))
+    packed, x = layer.packed, random(67, 900, dtype=dtype)
+    up = _cpu.prepare(other.weight, other.bias, layer.rows, layer.columns, 300, 900)
+    if kind == "int8":
+        q, scale = _cpu.quantize_rows(layer.weight)
+        packed = _cpu.prepare(q, layer.bias, layer.rows, layer.columns, 300, 900, scale)
+
+    def run(x: Tensor) -> Tensor:
+        if kind == "pair":
+            return _cpu.pruned_glu(x, packed, up, 300)
+        return _cpu.pruned_linear(x, packed, 300)
+
+    with threads_set_to(1):
+        whole = run(x)
+        for m in range(1, 67):
+            assert torch.equal(run(x[67 - m :]), whole[67 - m :])
+
+
 @pytest.mark.parametrize(
     ("size", "kept", "m"),
     [

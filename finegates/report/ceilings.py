@@ -43,9 +43,9 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
 def read_bandwidth(megabytes: int, threads: int) -> float:
     """Return bytes a second that ``threads`` cores read together, each from a buffer of its own.
 
-    The best of three prefetch distances and of 1, 2 and 4 streams. Threads read for as long as each
-    other: a rate is that of a whole pass, not of its best part, which one of them may have had to
-    itself.
+    The best of three prefetch distances and of 1, 2 and 4 streams. Several threads read equally
+    much and begin together; the rate of each is that of its whole pass, since it may have had the
+    best part of it to itself.
 
     Args:
         megabytes: of each buffer; what fits a cache is read from it.
