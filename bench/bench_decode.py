@@ -64,7 +64,6 @@ def bench_int8(benchmark: Any, layer: str, m: int, threads: int) -> None:
 
     time = medians(interleave({name: lambda n=name: call(n) for name in turns}, 1.0))
     rate = case.compact_weight.numel() / time["ours"]
-    read_bandwidth.cache_clear()
     share = rate / read_bandwidth(256, threads)
     benchmark.extra_info.update({"layer": layer, "m": m, "threads": threads})
     record(benchmark, time, "bf16", gbytes_per_second=rate / 1e9, share_of_read_bandwidth=share)

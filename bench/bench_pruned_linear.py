@@ -60,7 +60,6 @@ def report(
             "gflops": case.flops / time["ours"] / 1e9,
             "weight_gbytes_per_second": case.weight_bytes / time["ours"] / 1e9,
             **shares(case, dtype, threads, time["ours"]),
-            "read_gbytes_per_second": read_bandwidth(256, threads) / 1e9,
         }
     )
     benchmark.pedantic(case.candidates["ours"], rounds=5, iterations=1, warmup_rounds=0)
@@ -70,20 +69,15 @@ def report(
 def shares(case: Case, dtype: str, threads: int, seconds: float) -> dict[str, float]:
     """Return the shares of this machine's ceilings that a call reaches, of those that it has.
 
-    That is the arithmetic peak, which no probe measures at the generic level, and bandwidth where
-    the weight exceeds the last-level cache. Both ceilings move with what the neighbours do (two
-    cores' bandwidth by 1.7), so each cell has its own peak, and at M = 1, where it has a bar, its
-    own bandwidth.
+    That is the arithmetic peak, which no probe measures at the generic level, and, at M = 1, the
+    bandwidth where the weight exceeds the last-level cache.
     """
     found = {}
-    if case.weight_bytes > last_level_cache():
-        if len(case.x) == 1:
-            read_bandwidth.cache_clear()
-        found["share_of_read_bandwidth"] = (
-            case.weight_bytes / seconds / read_bandwidth(256, threads)
-        )
+    if len(case.x) == 1 and case.weight_bytes > last_level_cache():
+        read = read_bandwidth(256, threads)
+        found["share_of_read_bandwidth"] = case.weight_bytes / seconds / read
+        found["read_gbytes_per_second"] = read / 1e9
     if _native.isa() != "generic":
-        peak_flops.cache_clear()
         peak = peak_flops(TORCH_DTYPES[dtype], threads)
         found["share_of_peak"] = case.flops / seconds / peak
         found["peak_gflops"] = peak / 1e9
@@ -153,8 +147,10 @@ def bench_cold(
 
     time = medians(interleave({"ours": ours, "dense": plain}, 0.4))
     if m == 1:
-        read_bandwidth.cache_clear()
-    read = read_bandwidth(256, threads)
+        read = read_bandwidth(256, threads)
+        share = case.weight_bytes / time["ours"] / read
+        benchmark.extra_info["share_of_read_bandwidth"] = share
+        benchmark.extra_info["read_gbytes_per_second"] = read / 1e9
     benchmark.extra_info.update(
         {
             "layer": layer,
@@ -167,7 +163,6 @@ def bench_cold(
             "dense_ratio": time["dense"] / time["ours"],
             "cycle_megabytes": copies * case.weight_bytes >> 20,
             "weight_gbytes_per_second": case.weight_bytes / time["ours"] / 1e9,
-            "share_of_read_bandwidth": case.weight_bytes / time["ours"] / read,
         }
     )
     benchmark.pedantic(ours, rounds=5, iterations=1)

@@ -1,12 +1,12 @@
 """Ceilings of this machine's cores, measured, so that every time has something to be held against.
 
 Both take the time of the measuring thread alone, and the best of several passes, which all threads
-begin together: other processes can only lower them.
+begin together: other processes can only lower them. Nothing is remembered: ceilings move with what
+the neighbours do (two cores' bandwidth by 1.7), so ask for one beside what it is held against.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
 import threading
@@ -24,7 +24,6 @@ _PASSES = 3
 _READS = tuple(itertools.product((1, 2, 4), (64, 128, 256)))  # streams, lines ahead
 
 
-@functools.cache
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
     """Return multiply-adds times two a second that ``threads`` cores reach together.
 
@@ -39,7 +38,6 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
     return _best(threads, [lambda _: _cpu.probe_flops(dtype)] * _PASSES)
 
 
-@functools.cache
 def read_bandwidth(megabytes: int, threads: int) -> float:
     """Return bytes a second that ``threads`` cores read together, each from a buffer of its own.
 
