@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sanitizers over the native core: `.ci/sanitize.sh [SECONDS]` for each run, Python from $PYTHON.
-#   1. address + undefined behaviour: the fuzz at every level, then the native Python tests
+#   1. address + undefined behaviour: the fuzz at every level, and at the last one tuned for
+#      either processor, then the native Python tests
 #   2. threads: eight fuzzing at once, each with teams of its own
 #   3. aarch64 under qemu-user, where the cross compiler is installed
 set -euo pipefail
@@ -19,6 +20,10 @@ for level in generic avx2 avx512 avx512bf16; do
   said=$(FINEGATES_MAX_ISA=$level build/fuzz-asan/native_fuzz "$SECONDS_EACH" "$SEED")
   echo "$said"
   case $said in *" on $level") ;; *) echo "sanitize.sh: $level skipped, not on this CPU" >&2 ;; esac
+done
+
+for tune in zen4 zen5; do
+  FINEGATES_TUNE=$tune build/fuzz-asan/native_fuzz "$SECONDS_EACH" "$SEED"
 done
 
 build build/fuzz-tsan "-fsanitize=thread"

@@ -77,6 +77,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["clock"] = config.getoption("--clock")
     machine_info["cpu_name"] = cpu_name()
     machine_info["isa"] = _native.isa()
+    machine_info["tune"] = _native.tune()
     machine_info["torch"] = torch.__version__
     machine_info["last_level_cache"] = harness.last_level_cache()
     commit = get_commit_info()

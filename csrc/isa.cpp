@@ -1,6 +1,10 @@
 // Compiled without ISA flags: nothing here may run an instruction the CPU lacks.
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -25,6 +29,12 @@ bool has_avx512() {
 bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+}
+// AMD's family 25, by cpuid: older compilers have no name for it. Its Zen 3 has no AVX-512.
+bool is_zen4() {
+  unsigned a, b, c, d;
+  return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) != 0 &&
+         (a >> 8 & 15) + (a >> 20 & 255) == 25;
 }
 #endif
 bool always() { return true; }
@@ -60,10 +70,28 @@ const Kernels& choose() {
   return *best;
 }
 
+Tune choose_tune() {
+  const char* name = std::getenv("FINEGATES_TUNE");
+  if (name == nullptr || *name == '\0') {
+#if defined(__x86_64__)
+    if (is_zen4()) return Tune::kZen4;
+#endif
+    return Tune::kZen5;
+  }
+  if (std::string(name) == "zen4") return Tune::kZen4;
+  if (std::string(name) == "zen5") return Tune::kZen5;
+  throw std::invalid_argument(std::string("FINEGATES_TUNE must be zen4 or zen5, got ") + name);
+}
+
 }  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
+  return chosen;
+}
+
+Tune tune() {
+  static const Tune chosen = choose_tune();
   return chosen;
 }
 

@@ -10,4 +10,9 @@ namespace finegates {
 // level.
 const Kernels& kernels();
 
+// Which processor's measurements serve this process: FINEGATES_TUNE (zen4, zen5; read once), or
+// those of the CPU itself, or Zen 5's. Results are the same. Throws std::invalid_argument on
+// another name.
+Tune tune();
+
 }  // namespace finegates

@@ -18,16 +18,6 @@ constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
 constexpr int ahead_of(int rows, int panels) {
   return panels > 1 ? 4096 : rows <= 9 ? 16384 : 8192;
 }
-// Tiles that are one of several over the same weights each bring a share of the next ones into L2.
-constexpr bool brings_next(int panels, bool alone) { return panels == 1 && !alone; }
-// Whether a tile asks for every line of its weights, into L1. Where few rows meet several panels a
-// request costs as much as the load, so these ask for one line in eight, into L2: the hardware's
-// prefetcher fetches what is between. A tile that takes a part of a panel and shares it finds it in
-// L1, because its chain is short, or in L2.
-template <Kind K, int NP, int NV, bool kAlone>
-constexpr bool kEveryLine =
-    NP == 1 ? kAlone || NV == kPanelVecs : K == Kind::kI8 || K == Kind::kI8Dot;
-
 struct TileArgs {
   const uint8_t* a;
   const uint8_t* w;
@@ -70,7 +60,7 @@ FG_INLINE void prefetch(uintptr_t at) {
   __builtin_prefetch(reinterpret_cast<const void*>(at), 0, kLocality);
 }
 
-template <Kind K, int MR, int NP, int NV, bool kAlone>
+template <Kind K, int MR, int NP, int NV, Ahead kAhead>
 FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
                          size_t panel_bytes, int64_t ahead) {
   constexpr int kN = NP * NV;
@@ -79,7 +69,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (kEveryLine<K, NP, NV, kAlone> && j % NV * (Vec::kLanes * 4) % 64 == 0) {
+    if (kAhead == Ahead::kEveryLine && j % NV * (Vec::kLanes * 4) % 64 == 0) {
       prefetch<3>(address(at) + (NP > 1 ? ahead : ahead_of(MR, NP)));
     }
   }
@@ -124,8 +114,10 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   }
 }
 
-// One tile: MR rows by NP panels, NV vectors of each; alone, or one of several that share weights.
-template <Kind K, int MR, int NP, int NV, bool kAlone>
+// One tile: MR rows by NP panels, NV vectors of each. It asks for every line of its weights ahead,
+// into L1, or for one in eight of several panels, into L2; and it may bring a share of `next` into
+// L2.
+template <Kind K, int MR, int NP, int NV, Ahead kAhead, bool kNext>
 void tile(const TileArgs& t) {
   constexpr int kStep = row_stride(K) / kUnits;
   constexpr int kPasses = kPanelVecs / NV;  // over each line of `next`
@@ -149,22 +141,22 @@ void tile(const TileArgs& t) {
   int64_t left = t.units - rest;
   for (;;) {
     for (; left >= 4; left -= 4) {
-      if constexpr (NP > 1 && !kEveryLine<K, NP, NV, kAlone>) {
+      if constexpr (kAhead == Ahead::kOneInEight) {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; ++p) prefetch<2>(address(w + p * t.panel_bytes) + ahead);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        tile_step<K, MR, NP, NV, kAlone>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes,
+        tile_step<K, MR, NP, NV, kAhead>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes,
                                          ahead);
-        if (brings_next(NP, kAlone) && i % kPasses == 0) prefetch<2>(next + i * t.next_step);
+        if (kNext && i % kPasses == 0) prefetch<2>(next + i * t.next_step);
       }
       next += 4 * t.next_step;
       a += 4 * kStep;
       w += 4 * kUnitBytes;
     }
     for (; left > 0; --left) {
-      tile_step<K, MR, NP, NV, kAlone>(acc, a, w, t.panel_bytes, ahead);
+      tile_step<K, MR, NP, NV, kAhead>(acc, a, w, t.panel_bytes, ahead);
       a += kStep;
       w += kUnitBytes;
     }
@@ -188,25 +180,41 @@ using TileFunction = void (*)(const TileArgs&);
 
 // The shapes that serve a given number of rows.
 struct Shapes {
-  int group;             // panels of the grouped tile
-  int vecs;              // vectors of a panel in a `single` tile
-  TileFunction grouped;  // `group` whole panels
-  TileFunction single;   // `vecs` vectors of one panel
-  TileFunction shared;   // the same, one of several tiles of rows
-  TileFunction narrow;   // one vector of one panel, for the end of the last panel
+  int vecs;             // vectors of a panel in a `single` tile
+  TileFunction single;  // `vecs` vectors of one panel
+  TileFunction shared;  // the same, one of several tiles of rows
+  TileFunction narrow;  // one vector of one panel, for the end of the last panel
+  struct Grouped {
+    int panels;
+    TileFunction tile;  // of all `panels`, if more than one
+  } grouped[kTunes];
 };
 
+template <Kind K, int MR, Tune kTune>
+constexpr Shapes::Grouped grouped() {
+  constexpr Group kGroup = Vec::group(K, MR, kTune);
+  if constexpr (kGroup.panels == 1) {
+    return {1, nullptr};
+  } else {
+    return {kGroup.panels, tile<K, MR, kGroup.panels, kPanelVecs, kGroup.ahead, false>};
+  }
+}
+
+// A tile that takes a part of a panel and shares it finds its lines in L1, because its chain is
+// short, or in L2, and asks for none.
 template <Kind K, int MR>
 constexpr Shapes shapes() {
-  constexpr int kGroup = Vec::group(K, MR);
   constexpr int kVecs = Vec::vecs(MR);
-  constexpr int kGroupedVecs = kGroup == 1 ? kVecs : kPanelVecs;
-  return {kGroup,
+  return {kVecs,
+          tile<K, MR, 1, kVecs, Ahead::kEveryLine, false>,
+          tile < K,
+          MR,
+          1,
           kVecs,
-          tile<K, MR, kGroup, kGroupedVecs, true>,
-          tile<K, MR, 1, kVecs, true>,
-          tile<K, MR, 1, kVecs, false>,
-          tile<K, MR, 1, 1, true>};
+          kVecs == kPanelVecs ? Ahead::kEveryLine : Ahead::kNothing,
+          true >,
+          tile<K, MR, 1, 1, Ahead::kEveryLine, false>,
+          {grouped<K, MR, Tune::kZen4>(), grouped<K, MR, Tune::kZen5>()}};
 }
 
 template <Kind K>
@@ -230,9 +238,8 @@ const Shapes& shapes_of(int64_t rows) {
   return kTable[rows - 1];
 }
 
-// `group` whole panels, or `vecs` vectors of one panel.
-FG_INLINE void run_tile(const Shapes& shape, TileArgs& args, int64_t group, int vecs, bool alone) {
-  if (group > 1) return shape.grouped(args);
+// `vecs` vectors of one panel.
+FG_INLINE void run_tile(const Shapes& shape, TileArgs& args, int vecs, bool alone) {
   const TileFunction whole_tile = alone ? shape.single : shape.shared;
   for (int v = 0; v < vecs;) {
     const bool whole = v + shape.vecs <= vecs;
@@ -266,9 +273,10 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
     // Panels that share a K block of gathered rows while it is in L2, and, where a single tile
     // holds all rows, panels multiplied at once.
     int64_t span = 1, group = 1;
+    const Shapes::Grouped* together = nullptr;
     if (tiles == 1) {
-      group = shapes_of<K>(rows).group;
-      if (panel + group > last_panel) group = 1;
+      together = &shapes_of<K>(rows).grouped[static_cast<int>(call.tune)];
+      group = panel + together->panels > last_panel ? 1 : together->panels;
       span = group;
     } else if (p.column_blocks > 1) {
       span = last_panel - panel < kMaxSpan ? last_panel - panel : kMaxSpan;
@@ -331,7 +339,11 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
               const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;
               args.addend = unit == 0 ? first : half_c;
               args.addend_stride = unit == 0 ? 0 : c_stride;
-              run_tile(shape, args, group, vecs, tiles == 1);
+              if (group > 1) {
+                together->tile(args);
+              } else {
+                run_tile(shape, args, vecs, tiles == 1);
+              }
             }
             if (last_chain && last_block) {
               for (int64_t g = 0; g < group; ++g) {

@@ -132,7 +132,7 @@ void multiply_panels(const float* x, int64_t rows, const float* w, int64_t units
     args.c = c + p;
     args.addend = add ? c + p : kZeros;
     const int64_t left = outputs - p < kPanel ? outputs - p : kPanel;
-    run_tile(shape, args, 1, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes), true);
+    run_tile(shape, args, static_cast<int>((left + Vec::kLanes - 1) / Vec::kLanes), true);
   }
 }
 

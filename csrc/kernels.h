@@ -34,11 +34,25 @@ static constexpr int64_t block_bytes(Kind kind, int64_t rows) {
   return rows * row_stride(kind) + kGatherTail;
 }
 
+// Whose measurements decide how few rows meet their weights: those of the processor that runs, or
+// of the one most like it (isa.h).
+enum class Tune : int { kZen4 = 0, kZen5 = 1 };
+constexpr int kTunes = 2;
+
+// The panels that meet a few rows at once, and the lines of their weights that the tile asks for
+// ahead; the hardware's prefetcher fetches others.
+enum class Ahead { kNothing, kOneInEight, kEveryLine };
+struct Group {
+  int panels;
+  Ahead ahead;
+};
+
 struct Call {
   Packed layer;
   Packed up;  // the second layer of a gated pair, if `pair`; same tables as `layer`
   bool pair;
   Kind kind;
+  Tune tune;
   Activation activation;
   Type type;  // of x, residual and y
   const uint8_t* x;

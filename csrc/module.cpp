@@ -231,9 +231,13 @@ void decoder(uintptr_t layers, int64_t count, const std::vector<uintptr_t>& cach
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  finegates::kernels();  // an unknown FINEGATES_MAX_ISA fails here, once, as an import error
+  // An unknown FINEGATES_MAX_ISA or FINEGATES_TUNE fails here, once, as an import error.
+  finegates::kernels();
+  finegates::tune();
   using unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("isa", [] { return std::string(finegates::kernels().name); });
+  m.def("tune",
+        [] { return std::string(finegates::tune() == finegates::Tune::kZen4 ? "zen4" : "zen5"); });
   m.def("packed_bytes", &packed_bytes, unlocked());
   m.def("pack", &pack, unlocked());
   m.def("describe", &describe);

@@ -83,6 +83,7 @@ Job make_job(const LinearArgs& args, const Kernels& isa) {
   call.kind = call.layer.type == Type::kF32    ? Kind::kF32
               : call.layer.type == Type::kBf16 ? (dot ? Kind::kDot : Kind::kWide)
                                                : (dot ? Kind::kI8Dot : Kind::kI8);
+  call.tune = tune();
   call.activation = args.activation;
   call.type = args.type;
   call.x = static_cast<const uint8_t*>(args.x);

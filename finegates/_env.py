@@ -1,7 +1,8 @@
 """The only reader of environment variables; ENV.md lists them.
 
 ``FINEGATES_BACKEND`` and ``FINEGATES_LOG`` are read once, at their first use, because every call of
-a layer asks for them; the native module reads ``FINEGATES_MAX_ISA`` once, when it is loaded.
+a layer asks for them; the native module reads ``FINEGATES_MAX_ISA`` and ``FINEGATES_TUNE``
+once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def backend() -> str:
 def max_isa() -> str | None:
     """Return ``FINEGATES_MAX_ISA``, the cap on the instruction set, or None when not set."""
     return os.environ.get("FINEGATES_MAX_ISA")
+
+
+def tune() -> str | None:
+    """Return ``FINEGATES_TUNE``: ``zen4``, ``zen5``, or None when not set."""
+    return os.environ.get("FINEGATES_TUNE")
 
 
 @cache

@@ -45,3 +45,8 @@ def reason() -> str | None:
 def isa() -> str:
     """Return the level of the instruction set in use, such as ``avx512bf16``, or ``none``."""
     return "none" if _C is None else str(_C.isa())
+
+
+def tune() -> str:
+    """Return whose measurements the kernels follow: ``zen4``, ``zen5`` or, without them, ``none``."""
+    return "none" if _C is None else str(_C.tune())

@@ -38,6 +38,7 @@ def _lines() -> Iterator[str]:
     settings: tuple[Fact, ...] = (
         ("  FINEGATES_BACKEND", _env.backend),
         ("  FINEGATES_MAX_ISA", lambda: _env.max_isa() or "no cap"),
+        ("  FINEGATES_TUNE", lambda: _env.tune() or "the CPU's own"),
         ("  FINEGATES_LOG", lambda: "on" if _env.log_dispatch() else "off"),
         ("  FINEGATES_CACHE", _env.cache_dir),
     )
@@ -85,7 +86,7 @@ def _gpu() -> str:
 
 def _native_state() -> str:
     if _native.available():
-        return f"loaded, level {_native.isa()}"
+        return f"loaded, level {_native.isa()}, tuned for {_native.tune()}"
     return str(_native.reason())
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 VARIABLES = {
     "FINEGATES_BACKEND": _env.backend,
     "FINEGATES_MAX_ISA": _env.max_isa,
+    "FINEGATES_TUNE": _env.tune,
     "FINEGATES_LOG": _env.log_dispatch,
     "TRITON_INTERPRET": _env.triton_interpret,
     "FINEGATES_CACHE": _env.cache_dir,
@@ -26,15 +27,18 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert _env.backend() == "auto"
     assert _env.max_isa() is None
+    assert _env.tune() is None
     assert _env.log_dispatch() is False
     assert _env.triton_interpret() is False
     assert _env.cache_dir() == "/home/someone/.cache/finegates"
 
 
 def test_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(VARIABLES, ("torch", "avx2", "1", "1", "/tmp/cache"), strict=True):
+    values = ("torch", "avx2", "zen4", "1", "1", "/tmp/cache")
+    for name, value in zip(VARIABLES, values, strict=True):
         monkeypatch.setenv(name, value)
-    assert [read() for read in VARIABLES.values()] == ["torch", "avx2", True, True, "/tmp/cache"]
+    read = [read() for read in VARIABLES.values()]
+    assert read == ["torch", "avx2", "zen4", True, True, "/tmp/cache"]
     for off in ("0", ""):
         monkeypatch.setenv("FINEGATES_LOG", off)
         _env.log_dispatch.cache_clear()

@@ -28,10 +28,10 @@ def build(folder: Path, machine: str, cxxflags: str = "-O1", **environment: str)
     return folder / "native_fuzz"
 
 
-def fuzz(*command: str, level: str = "") -> str:
+def fuzz(*command: str, level: str = "", tune: str = "") -> str:
     run = subprocess.run(
         [*command, "2", "1"],
-        env={**os.environ, "FINEGATES_MAX_ISA": level},
+        env={**os.environ, "FINEGATES_MAX_ISA": level, "FINEGATES_TUNE": tune},
         capture_output=True,
         text=True,
     )
@@ -56,6 +56,8 @@ def test_every_level(tmp_path: Path, optimisation: str) -> None:
     best = LEVELS.index(fuzz(str(program)).split()[-1])
     for i, level in enumerate(LEVELS):
         assert fuzz(str(program), level=level).endswith(f" on {LEVELS[min(i, best)]}\n")
+    for tune in ("zen4", "zen5"):
+        assert fuzz(str(program), tune=tune).endswith(f" on {LEVELS[best]}\n")
 
 
 @pytest.mark.slow
