@@ -48,5 +48,5 @@ def isa() -> str:
 
 
 def tune() -> str:
-    """Return whose measurements the kernels follow: ``zen4``, ``zen5`` or, without them, ``none``."""
+    """Return whose measurements the kernels follow: ``zen4``, ``zen5`` or, unloaded, ``none``."""
     return "none" if _C is None else str(_C.tune())
