@@ -282,76 +282,73 @@ void multiply(const Call& call, int64_t first_row, int64_t rows, int64_t first_p
       span = last_panel - panel < kMaxSpan ? last_panel - panel : kMaxSpan;
     }
     const int64_t c_stride = span * kPanel;
-    const int64_t group_jump = (group - 1) * static_cast<int64_t>(p.panel_bytes);
-    for (int64_t block = 0; block < p.column_blocks; ++block) {
-      const int64_t first_unit = block * block_units;
-      const int64_t end_unit =
-          first_unit + block_units < all_units ? first_unit + block_units : all_units;
-      const bool last_block = block + 1 == p.column_blocks;
-      for (int64_t q = 0; q < span; q += group) {
-        // Narrower tiles at the very end of the outputs.
-        const int64_t outputs = p.rows - (panel + q) * kPanel;
-        const int vecs = group > 1 || outputs >= kPanel
-                             ? kPanelVecs
-                             : static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
-        const bool last_q = q + group >= span;
-        const int64_t next_panel = last_q ? (last_block ? panel + span : panel) : panel + q + 1;
-        const int64_t next_unit = !last_q ? first_unit : last_block ? 0 : end_unit;
-        const int64_t chains = divide_up(end_unit - first_unit, Vec::chain(K));
-        const int64_t chain = chains > 1 ? divide_up(end_unit - first_unit, chains) : block_units;
-        // At least once, also without columns: the bias still has to arrive.
-        for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += chain) {
-          const int64_t units = end_unit - unit < chain ? end_unit - unit : chain;
-          const bool last_chain = unit + units >= end_unit;
-          // What comes after this chain: every tile brings its part, so that memory is read
-          // throughout, not only under the first one.
-          const int64_t next =
-              (last_chain ? next_panel : panel + q) * static_cast<int64_t>(p.panel_bytes) +
-              (last_chain ? next_unit : unit + units) * kUnitBytes;
-          int64_t tile_row = 0;
-          for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t tile_rows = (rows - tile_row) / (tiles - t);
-            const Shapes& shape = shapes_of<K>(tile_rows);
-            float* const tile_c = c + tile_row * c_stride + q * kPanel;
-            for (int half = 0; half <= (call.pair ? 1 : 0); ++half) {
-              const Packed& weights = half == 0 ? p : call.up;
-              float* const half_c = tile_c + half * up_offset;
+    // Both layers of a gated pair one after the other: each is one stream.
+    for (int half = 0; half <= (call.pair ? 1 : 0); ++half) {
+      const Packed& weights = half == 0 ? p : call.up;
+      const bool last_half = half == 1 || !call.pair;
+      float* const half_c = c + half * up_offset;
+      const uintptr_t from = address(weights.panels) + panel * p.panel_bytes;
+      const uintptr_t after = last_half ? address(p.panels) + (panel + span) * p.panel_bytes
+                                        : address(call.up.panels) + panel * p.panel_bytes;
+      for (int64_t block = 0; block < p.column_blocks; ++block) {
+        const int64_t first_unit = block * block_units;
+        const int64_t end_unit =
+            first_unit + block_units < all_units ? first_unit + block_units : all_units;
+        const bool last_block = block + 1 == p.column_blocks;
+        for (int64_t q = 0; q < span; q += group) {
+          // Narrower tiles at the very end of the outputs.
+          const int64_t outputs = p.rows - (panel + q) * kPanel;
+          const int vecs = group > 1 || outputs >= kPanel
+                               ? kPanelVecs
+                               : static_cast<int>((outputs + Vec::kLanes - 1) / Vec::kLanes);
+          const uintptr_t next_q = q + group < span
+                                       ? from + (q + 1) * p.panel_bytes + first_unit * kUnitBytes
+                                   : last_block ? after
+                                                : from + end_unit * kUnitBytes;
+          const int64_t chains = divide_up(end_unit - first_unit, Vec::chain(K));
+          const int64_t chain = chains > 1 ? divide_up(end_unit - first_unit, chains) : block_units;
+          // At least once, also without columns: the bias still has to arrive.
+          for (int64_t unit = first_unit; unit == first_unit || unit < end_unit; unit += chain) {
+            const int64_t units = end_unit - unit < chain ? end_unit - unit : chain;
+            const bool last_chain = unit + units >= end_unit;
+            // What comes after this chain: every tile brings its part, so that memory is read
+            // throughout, not only under the first one.
+            const uintptr_t next =
+                last_chain ? next_q : from + q * p.panel_bytes + (unit + units) * kUnitBytes;
+            int64_t tile_row = 0;
+            for (int64_t t = 0; t < tiles; ++t) {
+              const int64_t tile_rows = (rows - tile_row) / (tiles - t);
+              const Shapes& shape = shapes_of<K>(tile_rows);
+              float* const tile_c = half_c + tile_row * c_stride + q * kPanel;
               TileArgs args;
               args.a = a + block * block_bytes(K, rows) + tile_row * row_stride(K) +
                        (unit - first_unit) * (row_stride(K) / kUnits);
               args.w = weights.panels + (panel + q) * p.panel_bytes + unit * kUnitBytes;
               args.panel_bytes = p.panel_bytes;
               args.units = units;
-              if (call.pair) {  // this chain of the other layer, then the next chain
-                const int64_t other = reinterpret_cast<intptr_t>(call.up.panels) -
-                                      reinterpret_cast<intptr_t>(p.panels);
-                args.stream_units = units;
-                args.jump = half == 0 ? other - units * kUnitBytes
-                                      : (last_chain && last_block ? group_jump : 0) - other;
-              } else {
-                args.stream_units = all_units - unit;
-                args.jump = group_jump;
-              }
-              args.next = address(weights.panels) + next + t * passes * units * next_step;
+              args.stream_units = all_units - unit;
+              args.jump = static_cast<int64_t>(after - from - p.panel_bytes);
+              args.next = next + t * passes * units * next_step;
               args.next_step = next_step;
-              args.c = half_c;
+              args.c = tile_c;
               args.c_stride = c_stride;
               const float* first = p.scale ? kZeros : weights.bias + (panel + q) * kPanel;
-              args.addend = unit == 0 ? first : half_c;
+              args.addend = unit == 0 ? first : tile_c;
               args.addend_stride = unit == 0 ? 0 : c_stride;
               if (group > 1) {
                 together->tile(args);
               } else {
                 run_tile(shape, args, vecs, tiles == 1);
               }
-            }
-            if (last_chain && last_block) {
-              for (int64_t g = 0; g < group; ++g) {
-                finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
-                       tile_c + g * kPanel, c_stride, tile_c + g * kPanel + up_offset);
+              if (last_half && last_chain && last_block) {
+                float* const gate_c = c + tile_row * c_stride + q * kPanel;
+                for (int64_t g = 0; g < group; ++g) {
+                  finish(call, first_row + tile_row, tile_rows, panel + q + g, limit,
+                         gate_c + g * kPanel, c_stride, gate_c + g * kPanel + up_offset);
+                }
               }
+              tile_row += tile_rows;
             }
-            tile_row += tile_rows;
           }
         }
       }
