@@ -30,7 +30,7 @@ struct Vec : ScalarChunks {
   // 6 rows by 2 vectors: 12 accumulators, 2 weights, 1 broadcast of 16 registers.
   static constexpr int tile_rows(Kind kind) { return kind == Kind::kF32 ? 6 : 5; }
   static constexpr Group group(Kind kind, int rows, Tune) {
-    return {rows <= 1 ? 2 : 1, kind == Kind::kI8 ? Ahead::kEveryLine : Ahead::kOneInEight};
+    return {rows <= 1 ? 2 : 1, kind == Kind::kI8 ? Ahead::kEveryLine : Ahead::kOneInEight, 4096};
   }
   static constexpr int vecs(int rows) { return rows <= 2 ? 4 : 2; }
   // Units summed in one chain before they join the total: at most 384 products, and 24 KB of

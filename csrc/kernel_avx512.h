@@ -32,15 +32,16 @@ struct Avx512 {
     return kind == Kind::kF32 || kind == Kind::kDot ? 14 : kind == Kind::kI8Dot ? 10 : 12;
   }
   // FMA takes 4 cycles and dot 6 at two a cycle: 8 to 12 accumulators at the least.
-  // int8 needs registers to widen in, and computes so long on a line that the hardware's prefetcher
-  // falls behind; on a Zen 5 so do bf16 widened to fp32 from two rows on, and all else from three.
+  // int8 needs registers to widen in, as bf16 does under fp32 x, and computes longer on a line than
+  // the hardware looks ahead; on a Zen 5 so does all else from two rows on.
   static constexpr Group group(Kind kind, int rows, Tune tune) {
-    if (kind == Kind::kI8 || kind == Kind::kI8Dot) return {rows <= 2 ? 2 : 1, Ahead::kEveryLine};
-    if (tune == Tune::kZen5) {
-      if (rows <= (kind == Kind::kWide ? 1 : 2)) return {3, Ahead::kNothing};
-      return {rows <= 6 ? 2 : 1, Ahead::kEveryLine};
+    const bool int8 = kind == Kind::kI8 || kind == Kind::kI8Dot;
+    if (int8) return {rows <= 2 ? 2 : 1, Ahead::kEveryLine, 4096};
+    if (tune == Tune::kZen4 || rows == 1) {
+      return {rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1, Ahead::kOneInEight, 4096};
     }
-    return {rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1, Ahead::kOneInEight};
+    const bool three = (rows == 3 || rows == 4) && kind != Kind::kWide;
+    return {three ? 3 : rows <= 6 ? 2 : 1, Ahead::kEveryLine, 2048};
   }
   static constexpr int vecs(int) { return 2; }
   // Units summed in one chain before they join the total: 384 products, or pairs.

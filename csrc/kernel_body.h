@@ -13,11 +13,9 @@ namespace finegates {
 namespace {
 
 constexpr int kUnitBytes = kPanel * 4;  // one unit of a panel
-// How far ahead of its use a weight is asked for, bytes: about 900 cycles, less where several
-// panels stream at once and the bandwidth is the limit.
-constexpr int ahead_of(int rows, int panels) {
-  return panels > 1 ? 4096 : rows <= 9 ? 16384 : 8192;
-}
+// How far ahead of its use a weight of a single panel is asked for, bytes: about 900 cycles.
+constexpr int ahead_of(int rows) { return rows <= 9 ? 16384 : 8192; }
+
 struct TileArgs {
   const uint8_t* a;
   const uint8_t* w;
@@ -60,7 +58,7 @@ FG_INLINE void prefetch(uintptr_t at) {
   __builtin_prefetch(reinterpret_cast<const void*>(at), 0, kLocality);
 }
 
-template <Kind K, int MR, int NP, int NV, Ahead kAhead>
+template <Kind K, int MR, int NP, int NV, Ahead kLines>
 FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t* w,
                          size_t panel_bytes, int64_t ahead) {
   constexpr int kN = NP * NV;
@@ -69,8 +67,8 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
   for (int j = 0; j < kN; ++j) {
     const uint8_t* at = w + j / NV * panel_bytes + j % NV * (Vec::kLanes * 4);
     wv[j] = Vec::load(reinterpret_cast<const float*>(at));
-    if (kAhead == Ahead::kEveryLine && j % NV * (Vec::kLanes * 4) % 64 == 0) {
-      prefetch<3>(address(at) + (NP > 1 ? ahead : ahead_of(MR, NP)));
+    if (kLines == Ahead::kEveryLine && j % NV * (Vec::kLanes * 4) % 64 == 0) {
+      prefetch<3>(address(at) + (NP > 1 ? ahead : ahead_of(MR)));
     }
   }
   if constexpr (K == Kind::kWide) {
@@ -117,7 +115,7 @@ FG_INLINE void tile_step(F (&acc)[MR][NP * NV], const uint8_t* a, const uint8_t*
 // One tile: MR rows by NP panels, NV vectors of each. It asks for every line of its weights ahead,
 // into L1, or for one in eight of several panels, into L2; and it may bring a share of `next` into
 // L2.
-template <Kind K, int MR, int NP, int NV, Ahead kAhead, bool kNext>
+template <Kind K, int MR, int NP, int NV, Ahead kLines, int kAhead, bool kNext>
 void tile(const TileArgs& t) {
   constexpr int kStep = row_stride(K) / kUnits;
   constexpr int kPasses = kPanelVecs / NV;  // over each line of `next`
@@ -132,7 +130,7 @@ void tile(const TileArgs& t) {
   uintptr_t next = t.next;
   // Panels that stream at once look ahead to where each of them goes on: what follows in memory is
   // its neighbour.
-  int64_t ahead = ahead_of(MR, NP);
+  int64_t ahead = kAhead;
   int64_t rest = 0;
   if constexpr (NP > 1) {
     const int64_t far = t.stream_units - ahead / kUnitBytes;
@@ -141,13 +139,13 @@ void tile(const TileArgs& t) {
   int64_t left = t.units - rest;
   for (;;) {
     for (; left >= 4; left -= 4) {
-      if constexpr (kAhead == Ahead::kOneInEight) {
+      if constexpr (kLines == Ahead::kOneInEight) {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; ++p) prefetch<2>(address(w + p * t.panel_bytes) + ahead);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        tile_step<K, MR, NP, NV, kAhead>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes,
+        tile_step<K, MR, NP, NV, kLines>(acc, a + i * kStep, w + i * kUnitBytes, t.panel_bytes,
                                          ahead);
         if (kNext && i % kPasses == 0) prefetch<2>(next + i * t.next_step);
       }
@@ -156,7 +154,7 @@ void tile(const TileArgs& t) {
       w += 4 * kUnitBytes;
     }
     for (; left > 0; --left) {
-      tile_step<K, MR, NP, NV, kAhead>(acc, a, w, t.panel_bytes, ahead);
+      tile_step<K, MR, NP, NV, kLines>(acc, a, w, t.panel_bytes, ahead);
       a += kStep;
       w += kUnitBytes;
     }
@@ -196,7 +194,8 @@ constexpr Shapes::Grouped grouped() {
   if constexpr (kGroup.panels == 1) {
     return {1, nullptr};
   } else {
-    return {kGroup.panels, tile<K, MR, kGroup.panels, kPanelVecs, kGroup.ahead, false>};
+    return {kGroup.panels,
+            tile<K, MR, kGroup.panels, kPanelVecs, kGroup.lines, kGroup.ahead, false>};
   }
 }
 
@@ -205,15 +204,12 @@ constexpr Shapes::Grouped grouped() {
 template <Kind K, int MR>
 constexpr Shapes shapes() {
   constexpr int kVecs = Vec::vecs(MR);
+  constexpr Ahead kShared = kVecs == kPanelVecs ? Ahead::kEveryLine : Ahead::kNothing;
+  constexpr int kAhead = ahead_of(MR);
   return {kVecs,
-          tile<K, MR, 1, kVecs, Ahead::kEveryLine, false>,
-          tile < K,
-          MR,
-          1,
-          kVecs,
-          kVecs == kPanelVecs ? Ahead::kEveryLine : Ahead::kNothing,
-          true >,
-          tile<K, MR, 1, 1, Ahead::kEveryLine, false>,
+          tile<K, MR, 1, kVecs, Ahead::kEveryLine, kAhead, false>,
+          tile<K, MR, 1, kVecs, kShared, kAhead, true>,
+          tile<K, MR, 1, 1, Ahead::kEveryLine, kAhead, false>,
           {grouped<K, MR, Tune::kZen4>(), grouped<K, MR, Tune::kZen5>()}};
 }
 

@@ -13,7 +13,7 @@ struct Vec : ScalarChunks {
   typedef uint32_t U __attribute__((vector_size(16)));
 
   static constexpr int tile_rows(Kind) { return 4; }
-  static constexpr Group group(Kind, int, Tune) { return {1, Ahead::kNothing}; }
+  static constexpr Group group(Kind, int, Tune) { return {1, Ahead::kNothing, 0}; }
   static constexpr int vecs(int rows) { return rows <= 1 ? 8 : rows <= 2 ? 4 : 2; }
   // Units summed in one chain before they join the total; short, as nothing is fused here.
   static constexpr int chain(Kind kind) { return kind == Kind::kI8 ? 16 : 64; }

@@ -14,7 +14,7 @@ struct Vec : ScalarChunks {
 
   // 6 rows by 4 vectors: 24 accumulators, 4 weights, 1 broadcast of 32 registers.
   static constexpr int tile_rows(Kind kind) { return kind == Kind::kF32 ? 6 : 5; }
-  static constexpr Group group(Kind, int, Tune) { return {1, Ahead::kNothing}; }
+  static constexpr Group group(Kind, int, Tune) { return {1, Ahead::kNothing, 0}; }
   static constexpr int vecs(int rows) { return rows <= 2 ? 8 : 4; }
   // Units summed in one chain before they join the total: 384 products.
   static constexpr int chain(Kind kind) { return kUnits / operand_units(kind); }

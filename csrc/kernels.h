@@ -39,12 +39,15 @@ static constexpr int64_t block_bytes(Kind kind, int64_t rows) {
 enum class Tune : int { kZen4 = 0, kZen5 = 1 };
 constexpr int kTunes = 2;
 
-// The panels that meet a few rows at once, and the lines of their weights that the tile asks for
-// ahead; the hardware's prefetcher fetches others.
+// The lines of its weights that a tile asks for ahead of their use; the hardware's prefetcher
+// fetches others.
 enum class Ahead { kNothing, kOneInEight, kEveryLine };
+
+// The panels that meet a few rows at once, and how their lines are asked for.
 struct Group {
   int panels;
-  Ahead ahead;
+  Ahead lines;
+  int ahead;  // bytes of each panel
 };
 
 struct Call {
